@@ -60,6 +60,11 @@ class AttentionBias:
         return bias.masked_fill(~self.attention_mask[:, None, None, :], minimum)
 
     @cached_property
+    def has_empty_rows(self) -> bool:
+        """Whether a sequence has no valid token at all."""
+        return self.attention_mask is not None and not bool(self.attention_mask.any(dim=1).all())
+
+    @cached_property
     def hankel(self) -> torch.Tensor:
         """`(1, heads, length, length)` bias for reversed queries, a view without memory of its own; no padding."""
         return alibi_hankel(self.slopes, self.length)
@@ -121,7 +126,9 @@ def sdpa_attention(
     options = {"scaling": scaling, "dropout": dropout}
     if bias.attention_mask is None:
         return _whole_sequences(query, key, value, bias, **options), None
-    if length <= DENSE_LENGTH:
+    # TRAP: under finfo.min everywhere, the CPU kernel's backward loses log(length) in its statistics and returns gradients
+    # `length` times too large; sequences without a valid token therefore take the loop below.
+    if length <= DENSE_LENGTH and not bias.has_empty_rows:
         return _sdpa(query, key, value, bias.dense, **options), None
     rows = []
     for row, span in enumerate(bias.spans):

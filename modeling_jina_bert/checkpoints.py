@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,8 @@ class PublishedCheckpointMixin:
         if names is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
-        if not isinstance(config, cls.config_class):
+        # NOTE: not isinstance of our class: as remote code, AutoConfig may hold another copy of it.
+        if not isinstance(config, PreTrainedConfig):
             source = pretrained_model_name_or_path if config is None else config
             hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
             options = {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
@@ -111,6 +113,8 @@ class PublishedCheckpointMixin:
                 source, return_unused_kwargs=True, **hub_arguments, **options
             )
             kwargs = {**hub_arguments, **unused}
+        elif config.model_type != cls.config_class.model_type:
+            raise ValueError(f"config is of model_type {config.model_type!r}, expected {cls.config_class.model_type!r}.")
         qk_post_norm = is_qk_post_norm(names)
         if qk_post_norm != config.qk_post_norm:
             logger.info("config.json does not say so, but the tensor names do: qk_post_norm=%s", qk_post_norm)

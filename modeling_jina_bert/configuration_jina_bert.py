@@ -5,10 +5,13 @@ value. The legacy keys of the published repositories (``model_type: bert``, fore
 nowhere else.
 """
 
+import logging
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
 
 _MODULE = "modeling_jina_bert"
 AUTO_MAP = {
@@ -99,6 +102,25 @@ class JinaBertConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
             )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Reads config.json; the published `model_type: bert` with ALiBi is ours, without ALiBi it is a plain BERT.
+
+        Raises:
+            ValueError: The configuration is that of another model.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type == "bert" and config_dict.get("position_embedding_type") == "alibi":
+            logger.info("%s is of the published form; read as model_type jina_bert", pretrained_model_name_or_path)
+            config_dict = {**config_dict, "model_type": cls.model_type}
+        elif model_type != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {model_type!r} model with position_embedding_type="
+                f"{config_dict.get('position_embedding_type')!r}, not a JinaBERT."
+            )
+        return config_dict, kwargs
 
     @property
     def hidden_act(self) -> str:

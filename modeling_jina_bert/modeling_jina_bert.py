@@ -382,7 +382,9 @@ class JinaBertForMaskedLM(JinaBertPreTrainedModel):
         logits = self.cls(hidden_states)
         loss = None
         if labels is not None:
-            loss = CrossEntropyLoss()(logits.view(-1, self.config.vocab_size).float(), labels.view(-1))
+            # Half precision is widened for the softmax; float32 and float64 stay as they are.
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = CrossEntropyLoss()(scores.view(-1, self.config.vocab_size), labels.view(-1))
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

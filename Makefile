@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each sets up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+# The CPU build of torch; a range would pull gigabytes of CUDA. An already installed torch is kept.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint card clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[demo]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.demo
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[test]"
+	touch $@
+
+demo: $(VENV)/.demo  ## embed and search the shipped library with the shipped model
+	$(BIN)/python -m evaluation.demo
+
+test: $(VENV)/.test  ## the test suite: CPU only, offline
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test  ## linters and type checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo_output build *.egg-info

@@ -1,0 +1,77 @@
+"""Shared fixtures: golden models and outputs, the tokenizer of the shipped model, tiny random models, stranger's processes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from modeling_jina_bert import JinaBertConfig
+
+REPOSITORY = Path(__file__).parent.parent
+SHIPPED = REPOSITORY / "hub_repo" / "tiny"
+GOLDEN = Path(__file__).parent / "golden"
+
+torch.manual_seed(0)
+
+
+@dataclass
+class Golden:
+    """A golden model: its folder (official form), the inputs and outputs, and the sentences of `encode`."""
+
+    folder: Path
+    tensors: dict[str, torch.Tensor]
+    meta: dict
+
+    def inputs(self, name: str) -> dict[str, torch.Tensor]:
+        return {key: self.tensors[f"{name}.{key}"] for key in ("input_ids", "attention_mask", "token_type_ids")}
+
+
+@pytest.fixture(params=["A-small4h", "B-8h"], scope="session")
+def golden(request) -> Golden:
+    folder = GOLDEN / request.param
+    meta = json.loads((folder / "meta.json").read_text())
+    return Golden(folder, load_file(folder / "golden.safetensors"), meta)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(SHIPPED)
+
+
+def tiny_config(**changes) -> JinaBertConfig:
+    """A 2-layer model; the wide initialisation makes attention depend on ALiBi (0.02 would hide its absence)."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    return JinaBertConfig(**{**shape, "initializer_range": 0.2, "hidden_dropout_prob": 0.0, **changes})
+
+
+STRANGER_PROLOGUE = """
+import sys
+class _NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name == "modeling_jina_bert" or name.startswith("modeling_jina_bert."):
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked: a stranger has not installed it)", name=name)
+sys.meta_path.insert(0, _NotInstalled())
+"""
+
+
+def run_as_stranger(program: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs a program in a fresh process, offline, in which our package cannot be imported."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cwd / "hf_modules")}
+    return subprocess.run(
+        [sys.executable, "-c", STRANGER_PROLOGUE + program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
