@@ -1,1 +1,1 @@
-"""What the models are worth: each evaluation is `python -m evaluation.<name>` and writes its figures with the command beside them."""
+"""What the models are worth: each `python -m evaluation.<name>` writes its figures with the command beside them."""

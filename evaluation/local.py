@@ -2,15 +2,13 @@
 
     python -m evaluation.local --model hub_repo/tiny --data DATA --baseline bm25 --output results.json
 
-Laws: everything wrong with names and files is reported before the first text is embedded; the search is exact; a score already
-in the output, of the same model with the same weights and settings, is not computed again. The measures are trec_eval's (linear
-gain; ties broken by document id, descending) and scipy's.
-COST: all data sets and models of the run are held in memory; a batch holds `TOKENS_PER_BATCH` tokens at most, or one text.
+Laws: everything wrong with names and files is reported before the first text is embedded; a score already in the
+output, of the same set, model, weights and settings, is not computed again. The measures are trec_eval's (linear gain,
+ties broken by document id, descending) and scipy's.
+COST: all sets and models of a run are held in memory.
 """
 
 import argparse
-import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -18,21 +16,17 @@ import os
 import platform
 import shlex
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
-from sentence_transformers import SentenceTransformer
 
-from .baselines import BM25, MINILM, load_minilm
+from .sets import EvaluationError, PairSet, RetrievalSet, available_sets, load_set
+from .systems import System, load_system
 
 try:
     import pytrec_eval
-    import zstandard
     from rich.console import Console
     from rich.table import Table
     from scipy.stats import spearmanr
@@ -41,315 +35,15 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE = 32  # texts
-TOKENS_PER_BATCH = 8192  # padding included
 RETRIEVED = 100  # documents for each query
-CUTOFF = 10  # of the measures
-QUERY_BLOCK = 1024  # queries in one matrix product
-
-MEASURES = {f"ndcg_at_{CUTOFF}": "nDCG@10", f"mrr_at_{CUTOFF}": "MRR@10", f"recall_at_{CUTOFF}": "recall@10", "spearman": "Spearman"}
+CUTOFF = 10  # documents the retrieval measures look at
+MEASURES = {
+    f"ndcg_at_{CUTOFF}": f"nDCG@{CUTOFF}",
+    f"mrr_at_{CUTOFF}": f"MRR@{CUTOFF}",
+    f"recall_at_{CUTOFF}": f"recall@{CUTOFF}",
+    "spearman": "Spearman",
+}
 _PACKAGES = ("torch", "transformers", "sentence-transformers", "numpy", "scipy", "bm25s", "pytrec-eval-terrier")
-
-
-class EvaluationError(ValueError):
-    """A name, a file or a row is wrong; the message is one line that says which, and what was expected."""
-
-
-@dataclass(frozen=True)
-class RetrievalSet:
-    """Queries, documents and which documents answer which query.
-
-    Attributes:
-        name: "ir/NAME" or "long/NAME".
-        queries: Query id -> text, the judged queries only.
-        documents: Document id -> title and text.
-        qrels: Query id -> {document id: relevance}.
-    """
-
-    name: str
-    queries: dict[str, str]
-    documents: dict[str, str]
-    qrels: dict[str, dict[str, int]]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Number of judged queries and of documents."""
-        return {"queries": len(self.queries), "documents": len(self.documents)}
-
-
-@dataclass(frozen=True)
-class PairSet:
-    """Sentence pairs with the similarity that people gave them.
-
-    Attributes:
-        name: Name of the folder.
-        first: First sentence of each pair.
-        second: Second sentence of each pair.
-        scores: Similarity of each pair, on the scale of the set.
-    """
-
-    name: str
-    first: list[str]
-    second: list[str]
-    scores: list[float]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Number of pairs."""
-        return {"pairs": len(self.scores)}
-
-
-def available_sets(data: Path) -> list[str]:
-    """Names of the sets under `data`/eval: "ir/NAME", "long/NAME" and the sentence similarity sets.
-
-    Raises:
-        EvaluationError: There is no such folder.
-    """
-    root = data / "eval"
-    if not root.is_dir():
-        raise EvaluationError(f"--data {data}: no folder {root}.")
-    retrieval = [path.parent for kind in ("ir", "long") for path in root.glob(f"{kind}/*/corpus.jsonl.zst")]
-    pairs = [path.parent for path in root.glob("*/test.jsonl.zst")]
-    return [path.relative_to(root).as_posix() for path in sorted(retrieval) + sorted(pairs)]
-
-
-def load_set(data: Path, name: str) -> RetrievalSet | PairSet:
-    """Reads and checks one set.
-
-    Args:
-        data: Folder that has eval/.
-        name: One of `available_sets(data)`.
-
-    Raises:
-        EvaluationError: An unknown name, or a file that is missing or malformed; a judgement of an unknown query or document.
-    """
-    names = available_sets(data)
-    if name not in names:
-        raise EvaluationError(f"unknown set {name!r}; there are {', '.join(names) or 'none'}.")
-    folder = data / "eval" / name
-    if "/" not in name:
-        rows = [row for _, row in _read_rows(folder / "test.jsonl.zst", {"sentence1": str, "sentence2": str, "score": (int, float)})]
-        if len(rows) < 2:
-            raise EvaluationError(f"{folder / 'test.jsonl.zst'}: {len(rows)} pairs, a correlation needs two.")
-        return PairSet(name, *([row[column] for row in rows] for column in ("sentence1", "sentence2", "score")))
-    documents = _read_texts(folder / "corpus.jsonl.zst")
-    queries = _read_texts(folder / "queries.jsonl.zst")
-    qrels = _read_qrels(folder / "qrels.tsv", queries, documents)
-    return RetrievalSet(name, {query: queries[query] for query in qrels}, documents, qrels)
-
-
-def _read_rows(path: Path, fields: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("path:line", row) of each line, the named fields present and of their type."""
-    try:
-        with zstandard.open(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                place = f"{path}:{number}"
-                row = json.loads(line)
-                for field, kind in fields.items():
-                    if not isinstance(row, dict) or not isinstance(row.get(field), kind):
-                        raise EvaluationError(f"{place}: no field {field!r}, or it has the wrong type.")
-                yield place, row
-    except json.JSONDecodeError as error:
-        raise EvaluationError(f"{place}: not JSON ({error}).") from error
-    except (OSError, UnicodeDecodeError, zstandard.ZstdError) as error:
-        raise EvaluationError(f"{path}: cannot be read ({error}).") from error
-
-
-def _read_texts(path: Path) -> dict[str, str]:
-    """Id -> text, after the title and a space where there is a title."""
-    texts: dict[str, str] = {}
-    for place, row in _read_rows(path, {"_id": str, "text": str}):
-        if row["_id"] in texts:
-            raise EvaluationError(f"{place}: the id {row['_id']!r} is used twice.")
-        title = row.get("title")
-        texts[row["_id"]] = f"{title} {row['text']}" if title else row["text"]
-    return texts
-
-
-def _read_qrels(path: Path, queries: dict[str, str], documents: dict[str, str]) -> dict[str, dict[str, int]]:
-    if not path.is_file():
-        raise EvaluationError(f"{path}: no such file.")
-    header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
-    if header.split("\t") != ["query-id", "corpus-id", "score"]:
-        raise EvaluationError(f"{path}:1: the header is not query-id, corpus-id, score, separated by tabs.")
-    qrels: dict[str, dict[str, int]] = defaultdict(dict)
-    for number, line in enumerate(lines, start=2):
-        try:
-            query, document, score = line.split("\t")
-            relevance = int(score)
-        except ValueError as error:
-            raise EvaluationError(f"{path}:{number}: {line!r} is not an id, an id and an integer.") from error
-        if query not in queries:
-            raise EvaluationError(f"{path}:{number}: there is no query {query!r}.")
-        if document not in documents:
-            raise EvaluationError(f"{path}:{number}: there is no document {document!r}.")
-        qrels[query][document] = relevance
-    if not qrels:
-        raise EvaluationError(f"{path}: no judgements.")
-    return dict(qrels)
-
-
-class System(Protocol):
-    """What can be evaluated: `EmbeddingModel` or `BM25`."""
-
-    name: str
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """JSON values; two runs with equal settings have equal scores."""
-
-    def rank(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[list[dict[int, float]], int]:
-        """For each query {document index: score} of the `k` best; and the number of documents that were truncated."""
-
-    def similarity(self, first: Sequence[str], second: Sequence[str]) -> np.ndarray | None:
-        """`(pairs,) float32`, the similarity of each pair; None where the system has no such score."""
-
-
-def batch_size_for(tokens: int) -> int:
-    """The batch size of texts of that length: the power of two that fits `TOKENS_PER_BATCH`, from 1 to `BATCH_SIZE`.
-
-    Example:
-        >>> [batch_size_for(tokens) for tokens in (2, 256, 257, 5000, 20000)]
-        [32, 32, 16, 1, 1]
-    """
-    fitting = max(1, TOKENS_PER_BATCH // max(1, tokens))
-    return min(BATCH_SIZE, 1 << (fitting.bit_length() - 1))
-
-
-def top_k(queries: np.ndarray, documents: np.ndarray, k: int) -> list[dict[int, float]]:
-    """Exact search by inner product, blockwise over the queries.
-
-    Args:
-        queries: `(queries, hidden) float32`.
-        documents: `(documents, hidden) float32`.
-        k: Documents for each query at most.
-
-    Returns:
-        For each query {document index: score}, `min(k, documents)` entries.
-    """
-    k = min(k, len(documents))
-    runs = []
-    for start in range(0, len(queries), QUERY_BLOCK):
-        scores = queries[start : start + QUERY_BLOCK] @ documents.T  # (block, documents)
-        best = np.argpartition(-scores, k - 1, axis=1)[:, :k]  # (block, k)
-        for row, indices in zip(scores, best, strict=True):
-            runs.append(dict(zip(indices.tolist(), row[indices].tolist(), strict=True)))
-    return runs
-
-
-class EmbeddingModel:
-    """A sentence-transformers model with cosine similarity.
-
-    Args:
-        name: Its name in the results.
-        model: The model.
-        max_length: Tokens a text is cut at; None keeps the model's own limit.
-    """
-
-    def __init__(self, name: str, model: SentenceTransformer, *, max_length: int | None = None):
-        self.name, self.model = name, model
-        if max_length is not None:
-            model.max_seq_length = max_length
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """Limit in tokens, dtype, embedding size, and a hash of the weights so that a retrained model is scored anew."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-        return {
-            "kind": "embedding",
-            "similarity": "cosine",
-            "max_length": self.model.max_seq_length,
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "dimensions": self.model.get_embedding_dimension(),
-            "weights_sha256": digest.hexdigest(),
-        }
-
-    def rank(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[list[dict[int, float]], int]:
-        """See `System.rank`; queries and documents get the model's own prompts, where it has any."""
-        query_vectors, _ = self.embed(queries, self.model.encode_query)
-        document_vectors, truncated = self.embed(documents, self.model.encode_document)
-        return top_k(query_vectors, document_vectors, k), truncated
-
-    def similarity(self, first: Sequence[str], second: Sequence[str]) -> np.ndarray:
-        """Cosine of each pair, `(pairs,) float32`."""
-        vectors, _ = self.embed([*first, *second], self.model.encode)
-        return (vectors[: len(first)] * vectors[len(first) :]).sum(axis=1)
-
-    def embed(self, texts: Sequence[str], encode: Callable) -> tuple[np.ndarray, int]:
-        """Embeds texts in batches of texts of similar length.
-
-        Args:
-            texts: Empty ones included.
-            encode: `encode`, `encode_query` or `encode_document` of the model.
-
-        Returns:
-            `(texts, hidden) float32` of length 1, and the number of texts that were truncated.
-
-        Raises:
-            ValueError: A vector with NaN or infinity.
-        """
-        lengths = self._token_lengths(texts)
-        limit = self.model.max_seq_length or max(lengths)
-        groups = defaultdict(list)
-        for index, length in enumerate(lengths):
-            groups[batch_size_for(min(length, limit))].append(index)
-        vectors = np.empty((len(texts), self.model.get_embedding_dimension()), dtype=np.float32)
-        for batch_size, indices in sorted(groups.items()):
-            vectors[indices] = encode(
-                [texts[index] for index in indices],
-                batch_size=batch_size,
-                normalize_embeddings=True,
-                show_progress_bar=sys.stderr.isatty(),
-            )
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            text = texts[int(np.argmin(finite))]
-            raise ValueError(f"{self.name}: {(~finite).sum()} vectors are not finite, the first is that of {text[:80]!r}.")
-        return vectors, sum(length > limit for length in lengths)
-
-    def _token_lengths(self, texts: Sequence[str], chunk: int = 256) -> list[int]:
-        lengths: list[int] = []
-        for start in range(0, len(texts), chunk):
-            ids = self.model.tokenizer(list(texts[start : start + chunk]), truncation=False, verbose=False)["input_ids"]
-            lengths.extend(map(len, ids))
-        return lengths
-
-
-def load_system(name: str, *, max_length: int | None = None, baseline: bool = False) -> System:
-    """A model or baseline by name.
-
-    Args:
-        name: "bm25", "all-MiniLM-L6-v2", a folder or a Hub repository.
-        max_length: Tokens a text is cut at; a baseline keeps its own limit where that is lower.
-        baseline: Whether it is one.
-
-    Raises:
-        EvaluationError: It cannot be loaded, or has no positions for `max_length` tokens.
-        ImportError: It needs a package that is not installed.
-    """
-    if name == BM25.name:
-        return BM25()
-    if name == MINILM:
-        model = load_minilm()
-    else:
-        folder = Path(name)
-        if not folder.is_dir() and (folder.is_absolute() or folder.parent.is_dir() and folder.parent != Path()):
-            raise EvaluationError(f"model {name}: no such folder.")
-        try:
-            model = SentenceTransformer(name, trust_remote_code=True, device="cpu")
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise EvaluationError(f"model {name}: cannot be loaded ({reason}).") from error
-    if max_length is not None:
-        if baseline:
-            max_length = min(max_length, model.max_seq_length or max_length)
-        tables = [p.shape[0] for key, p in model.named_parameters() if key.endswith("position_embeddings.weight")]
-        if tables and max_length > min(tables):
-            raise EvaluationError(f"--max-length {max_length}: {name} has {min(tables)} positions.")
-    return EmbeddingModel(name, model, max_length=max_length)
 
 
 def retrieval_scores(runs: dict[str, dict[str, float]], qrels: dict[str, dict[str, int]]) -> dict[str, float]:
@@ -390,3 +84,201 @@ def score(system: System, dataset: RetrievalSet | PairSet) -> dict[str, Any]:
     }
     sizes = {**dataset.sizes, "truncated_documents": truncated}
     return {"metrics": retrieval_scores(runs, dataset.qrels), "sizes": sizes}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the scores."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of an earlier run; none if there is no such file.
+
+    Raises:
+        EvaluationError: The file is not one of ours.
+    """
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["records"]
+        if not all({"model", "set", "settings", "metrics", "sizes"} <= set(record) for record in records):
+            raise KeyError("model, set, settings, metrics or sizes")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise EvaluationError(
+            f"--output {path}: exists and holds no results of this program; name another file."
+        ) from error
+    return records
+
+
+def write_records(path: Path, records: list[dict[str, Any]]):
+    """Replaces the file at once, so that an interrupted run leaves a whole one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"records": records}, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def evaluate(
+    systems: Sequence[System],
+    datasets: Sequence[RetrievalSet | PairSet],
+    output: Path,
+    *,
+    command: str,
+    force: bool = False,
+) -> list[dict[str, Any]]:
+    """Scores every system on every set, and writes `output` after each.
+
+    Args:
+        systems: What to evaluate.
+        datasets: On what.
+        output: JSON file; records of other systems, settings and sets in it are kept.
+        command: Command line, for the records.
+        force: Compute scores again that `output` has.
+
+    Returns:
+        The records of `systems` x `datasets`, set by set.
+
+    Raises:
+        EvaluationError: `output` holds something else.
+        ValueError: A vector with NaN or infinity.
+    """
+    records = read_records(output)
+    provenance = {"versions": versions(), "command": command}
+    settings = [system.settings for system in systems]
+    results = []
+    for dataset in datasets:
+        for system, its_settings in zip(systems, settings, strict=True):
+            key = {"model": system.name, "set": dataset.name, "settings": its_settings}
+            known = [record for record in records if key.items() <= record.items()]
+            if known and not force:
+                logger.info("%s on %s: already scored", system.name, dataset.name)
+                results.append(known[0])
+                continue
+            record = {**key, **score(system, dataset), **provenance}
+            records = [other for other in records if other not in known] + [record]
+            write_records(output, records)
+            results.append(record)
+            logger.info("%s on %s: %s", system.name, dataset.name, record["metrics"])
+    return results
+
+
+def table_rows(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """One row a set and measure, one column a system.
+
+    Args:
+        records: What `evaluate` returns.
+
+    Returns:
+        The header, and the rows: set, its size, measure, scores to four decimals ("-": undefined).
+    """
+    systems: list[tuple[str, Any]] = []
+    for record in records:
+        if _column(record) not in systems:
+            systems.append(_column(record))
+    header = ["set", "queries x documents", "measure"] + [
+        name if limit is None else f"{name} ({limit} tokens)" for name, limit in systems
+    ]
+    cells: dict[tuple[str, str, str], dict[tuple[str, Any], str]] = {}
+    for record in records:
+        sizes = record["sizes"]
+        size = f"{sizes['pairs']} pairs" if "pairs" in sizes else f"{sizes['queries']} x {sizes['documents']}"
+        for measure, value in record["metrics"].items():
+            row = cells.setdefault((record["set"], size, MEASURES[measure]), {})
+            row[_column(record)] = "-" if value is None else f"{value:.4f}"
+    return header, [[*row, *(scores.get(system, "") for system in systems)] for row, scores in cells.items()]
+
+
+def _column(record: dict[str, Any]) -> tuple[str, int | None]:
+    return record["model"], record["settings"].get("max_length")
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """The table in Markdown, the scores aligned to the right.
+
+    Example:
+        >>> print(markdown_table(["set", "size", "measure", "bm25"], [["ir/A", "9 x 70", "MRR@10", "0.5"]]), end="")
+        | set | size | measure | bm25 |
+        |---|---|---|---:|
+        | ir/A | 9 x 70 | MRR@10 | 0.5 |
+    """
+    rule = "|" + "---|" * 3 + "---:|" * (len(header) - 3)
+    return "\n".join([f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def print_table(header: list[str], rows: list[list[str]]):
+    """Prints the table; set and size once for the measures of a set."""
+    table = Table()
+    for position, name in enumerate(header):
+        table.add_column(name, justify="left" if position < 3 else "right", overflow="fold")
+    previous = None
+    for row in rows:
+        if previous is not None and row[0] != previous:
+            table.add_section()
+        table.add_row(*(["", "", *row[2:]] if row[0] == previous else row))
+        previous = row[0]
+    Console().print(table)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; exits with status 2 for an unknown option."""
+    parser = argparse.ArgumentParser(prog="evaluation.local", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", help="sentence-transformers folder or Hub repository")
+    parser.add_argument(
+        "--baseline", action="append", default=[], help="bm25, all-MiniLM-L6-v2, or as --model; repeatable"
+    )
+    parser.add_argument("--data", required=True, type=Path, help="folder that has eval/")
+    parser.add_argument("--sets", nargs="+", help="names, separated by commas or spaces (default: all there are)")
+    parser.add_argument("--output", required=True, type=Path, help="JSON file; a run goes on from what it holds")
+    parser.add_argument("--markdown", type=Path, help="file for the table in Markdown")
+    parser.add_argument("--max-length", type=int, help="tokens a text is cut at (default: the model's own limit)")
+    parser.add_argument("--force", action="store_true", help="compute scores again that the output has")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace, *, command: str) -> list[dict[str, Any]]:
+    """Loads what the command line names and evaluates it.
+
+    Raises:
+        EvaluationError: Something it names is missing or malformed.
+    """
+    if arguments.model is None and not arguments.baseline:
+        raise EvaluationError("nothing to evaluate: give --model, --baseline, or both.")
+    if arguments.max_length is not None and arguments.max_length < 3:
+        raise EvaluationError(
+            f"--max-length {arguments.max_length}: the least is 3 tokens ([CLS], one of the text, [SEP])."
+        )
+    for path in filter(None, (arguments.output, arguments.markdown)):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise EvaluationError(f"{path}: is a folder, or lies in none.")
+    read_records(arguments.output)
+    names = [name for item in arguments.sets for name in item.split(",") if name] if arguments.sets else None
+    datasets = [load_set(arguments.data, name) for name in dict.fromkeys(names or available_sets(arguments.data))]
+    if not datasets:
+        raise EvaluationError(f"--data {arguments.data}: no sets in its folder eval.")
+    systems = [load_system(arguments.model, max_length=arguments.max_length)] if arguments.model else []
+    for name in dict.fromkeys(arguments.baseline):
+        if name != arguments.model:
+            systems.append(load_system(name, max_length=arguments.max_length, baseline=True))
+    return evaluate(systems, datasets, arguments.output, command=command, force=arguments.force)
+
+
+def main(argv: Sequence[str] | None = None):
+    """Entry point; a wrong input ends it with one line and status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
+    arguments = parse_arguments(argv)
+    try:
+        records = run(arguments, command=shlex.join(["python", "-m", "evaluation.local", *argv]))
+    except (EvaluationError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    header, rows = table_rows(records)
+    print_table(header, rows)
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown_table(header, rows), encoding="utf-8")
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,1 @@
-"""What is published: model folders that are Hub repositories, and the verb that writes them (`python -m hub_repo.export`)."""
+"""What is published: folders that are Hub repositories, and the verb that writes them, `python -m hub_repo.export`."""

@@ -2,9 +2,10 @@
 
     python -m hub_repo.export --model RUN/final --output hub_repo/tiny [--dtype float16] [--card CARD.md]
 
-Law: the folder loads on its own, with `AutoModel` and `SentenceTransformer` and trust_remote_code, offline, and gives the vectors of the
-checkpoint to the rounding of the stored dtype; `export` loads it in a fresh process and compares before it reports success.
-The sentence-transformers files are written in the schema that releases before 6 and serving engines read, too.
+Law: the folder loads on its own, with `AutoModel` and `SentenceTransformer` and trust_remote_code, offline, and gives
+the vectors of the checkpoint to the rounding of the stored dtype; `export` loads it in a fresh process and compares
+before it reports success. The sentence-transformers files are written in the schema that releases before 6 and
+serving engines read, too.
 """
 
 import argparse
@@ -149,9 +150,11 @@ def _verify(model: JinaBertModel, output: Path):
             raise RuntimeError(f"{output} does not load in a fresh process:\n{process.stderr[-2000:]}")
         with np.load(vectors) as found:
             for name, vectors in found.items():
-                cosine = (vectors * expected).sum(1) / np.linalg.norm(vectors, axis=1)
+                cosine = (vectors * expected).sum(1) / np.maximum(np.linalg.norm(vectors, axis=1), 1e-12)
                 if not cosine.min() >= 0.9999:
-                    raise RuntimeError(f"{output}: other vectors than the checkpoint's, cosine {cosine.min()} ({name}).")
+                    raise RuntimeError(
+                        f"{output}: other vectors than the checkpoint's, cosine {cosine.min()} ({name})."
+                    )
 
 
 def main():

@@ -1,7 +1,7 @@
 """Open implementation of JinaBERT, the model of Jina Embeddings v2 (arXiv 2310.19923).
 
-Importing this package registers the classes with transformers' Auto classes for `model_type: jina_bert`. The same files,
-flat, are the remote code beside published weights.
+Importing this package registers the classes with transformers' Auto classes for `model_type: jina_bert`. The same
+files, flat, are the remote code beside published weights.
 """
 
 from transformers import (

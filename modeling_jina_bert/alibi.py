@@ -1,8 +1,9 @@
 """Symmetric ALiBi: the slopes, and the bias ``-slope * |i - j|`` they stand for (arXiv 2108.12409, 2310.19923).
 
 Law: the bias depends on ``i - j`` alone, so one vector of ``2 * length - 1`` values a head says everything. With the
-queries in reverse order the matrix is a Hankel matrix (constant along anti-diagonals), and a Hankel matrix is a strided
-view of that vector: ``alibi_hankel`` costs ``heads * (2 * length - 1)`` numbers, whatever reads it as a matrix.
+queries in reverse order the matrix is a Hankel matrix (constant along anti-diagonals), and a Hankel matrix is a
+strided view of that vector: ``alibi_hankel`` costs ``heads * (2 * length - 1)`` numbers, whatever reads it as a
+matrix.
 """
 
 import math

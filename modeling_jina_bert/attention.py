@@ -1,11 +1,11 @@
 """Self-attention under a symmetric ALiBi bias and a padding mask, in interchangeable implementations.
 
-Law: ``softmax(q k^T * scaling - slope * |i - j| + padding) v``, the same numbers from every implementation. Padding adds
-`finfo.min`, not -inf: a sequence without a valid token attends uniformly to all its positions and stays finite.
+Law: ``softmax(q k^T * scaling - slope * |i - j| + padding) v``, the same numbers from every implementation. Padding
+adds `finfo.min`, not -inf: a sequence without a valid token attends uniformly to all its positions and stays finite.
 
-Memory: `eager` holds (batch, heads, length, length). `sdpa` holds a dense bias only up to `DENSE_LENGTH` tokens; beyond, the
-bias is a strided view (CPU) or built one block of queries at a time (elsewhere), and memory is linear in the length,
-forward and backward.
+Memory: `eager` holds (batch, heads, length, length). `sdpa` holds a dense bias only up to `DENSE_LENGTH` tokens;
+beyond, the bias is a strided view (CPU) or built one block of queries at a time (elsewhere), and memory is linear in
+the length, forward and backward.
 """
 
 from collections.abc import Callable
@@ -126,8 +126,8 @@ def sdpa_attention(
     options = {"scaling": scaling, "dropout": dropout}
     if bias.attention_mask is None:
         return _whole_sequences(query, key, value, bias, **options), None
-    # TRAP: under finfo.min everywhere, the CPU kernel's backward loses log(length) in its statistics and returns gradients
-    # `length` times too large; sequences without a valid token therefore take the loop below.
+    # TRAP: under finfo.min everywhere, the CPU kernel's backward loses log(length) in its statistics and returns
+    # gradients `length` times too large; sequences without a valid token therefore take the loop below.
     if length <= DENSE_LENGTH and not bias.has_empty_rows:
         return _sdpa(query, key, value, bias.dense, **options), None
     rows = []

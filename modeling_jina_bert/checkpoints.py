@@ -17,7 +17,12 @@ from transformers.utils import cached_file
 
 logger = logging.getLogger(__name__)
 
-_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _HEADS = ("pooler", "cls", "classifier", "qa_outputs")
 """Modules that a checkpoint may lack as a whole: fine-tuning starts from fresh ones."""
@@ -77,8 +82,8 @@ def is_qk_post_norm(names: set[str]) -> bool:
         return False
     found = ", ".join(layer_0 or sorted(names)[:20]) or "no tensors"
     raise ValueError(
-        "This checkpoint is of neither JinaBERT layout: it has neither mlp.gated_layers (jina-bert-implementation) nor "
-        f"mlp.up_gated_layer (jina-bert-v2-qk-post-norm). Found: {found}."
+        "This checkpoint is of neither JinaBERT layout: it has neither mlp.gated_layers (jina-bert-implementation) "
+        f"nor mlp.up_gated_layer (jina-bert-v2-qk-post-norm). Found: {found}."
     )
 
 
@@ -89,9 +94,9 @@ class PublishedCheckpointMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """Loads a JinaBERT; see `transformers.PreTrainedModel.from_pretrained` for the arguments.
 
-        Takes both published layouts, with or without the `bert.` prefix, .safetensors or .bin, whatever dtype is stored
-        (the weights are cast to the dtype that config.json names, float32 in the released models, unless `dtype` is
-        given). A pooler or task head that the checkpoint lacks as a whole is new and logged as such; for
+        Takes both published layouts, with or without the `bert.` prefix, .safetensors or .bin, whatever dtype is
+        stored (the weights are cast to the dtype that config.json names, float32 in the released models, unless
+        `dtype` is given). A pooler or task head that the checkpoint lacks as a whole is new and logged as such; for
         `JinaBertModel` a missing pooler is left out.
 
         Raises:
@@ -114,7 +119,9 @@ class PublishedCheckpointMixin:
             )
             kwargs = {**hub_arguments, **unused}
         elif config.model_type != cls.config_class.model_type:
-            raise ValueError(f"config is of model_type {config.model_type!r}, expected {cls.config_class.model_type!r}.")
+            raise ValueError(
+                f"config is of model_type {config.model_type!r}, expected {cls.config_class.model_type!r}."
+            )
         qk_post_norm = is_qk_post_norm(names)
         if qk_post_norm != config.qk_post_norm:
             logger.info("config.json does not say so, but the tensor names do: qk_post_norm=%s", qk_post_norm)

@@ -1,7 +1,7 @@
 """`encode`: text -> token ids -> hidden states -> one vector a text (masked mean over the tokens).
 
-Law: the vector of a text does not depend on the batch it was computed in. Batches are filled by a budget of tokens, padding
-included, from texts sorted by token length, so one long text does not make a batch of short ones expensive.
+Law: the vector of a text does not depend on the batch it was computed in. Batches are filled by a budget of tokens,
+padding included, from texts sorted by token length, so one long text does not make a batch of short ones expensive.
 """
 
 import logging
@@ -109,11 +109,13 @@ class EncodeMixin:
             normalize_embeddings: Scale each embedding to length 1, after `truncate_dim`.
             truncate_dim: Keep the first dimensions only.
             max_tokens_per_batch: Tokens of a batch at most, padding included.
-            **tokenizer_kwargs: For the tokenizer. `max_length` is the tokenizer's `model_max_length` (8192 in the released
-                models) by default; texts beyond are truncated with one warning, or embedded whole under `truncation=False`.
+            **tokenizer_kwargs: For the tokenizer. `max_length` is the tokenizer's `model_max_length` (8192 in the
+                released models) by default; texts beyond are truncated with one warning, or embedded whole under
+                `truncation=False`.
 
         Returns:
-            `(texts, hidden) float32`, `(hidden,)` for a single text. For "token_embeddings" a list of `(length, hidden)`.
+            `(texts, hidden) float32`, `(hidden,)` for a single text. For "token_embeddings" a list of `(length,
+            hidden)`.
 
         Raises:
             ValueError: An input that is no text; an unknown output_value; a truncate_dim out of range.

@@ -57,7 +57,7 @@ class JinaBertEmbeddings(nn.Module):
 
 
 class JinaBertSelfAttention(nn.Module):
-    """Multi-head attention under the ALiBi bias; with `qk_post_norm`, LayerNorm over the projected width of q and k."""
+    """Multi-head attention under the ALiBi bias; with `qk_post_norm`, LayerNorm over all of the projected q and k."""
 
     def __init__(self, config: JinaBertConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Shared fixtures: golden models and outputs, the tokenizer of the shipped model, tiny random models, stranger's processes."""
+"""Shared: golden models and outputs, the tokenizer of the shipped model, tiny random models, a stranger's process."""
 
 import json
 import os
@@ -58,7 +58,7 @@ import sys
 class _NotInstalled:
     def find_spec(self, name, path=None, target=None):
         if name == "modeling_jina_bert" or name.startswith("modeling_jina_bert."):
-            raise ModuleNotFoundError(f"No module named {name!r} (blocked: a stranger has not installed it)", name=name)
+            raise ModuleNotFoundError(f"No module named {name!r}: a stranger has not installed it", name=name)
 sys.meta_path.insert(0, _NotInstalled())
 """
 

@@ -1,7 +1,7 @@
 """Equality with the official code on both published layouts.
 
-Pins: hidden states, pooler, MLM and classification logits and losses, `encode`; eager and SDPA; float32 and float64; and that a
-wrong build (tanh GELU, no ALiBi) is far outside the tolerance, so these tests can fail.
+Pins: hidden states, pooler, MLM and classification logits and losses, `encode`; eager and SDPA; float32 and float64;
+and that a wrong build (tanh GELU, no ALiBi) is far outside the tolerance, so these tests can fail.
 """
 
 import pytest

@@ -1,12 +1,14 @@
-"""Stages II and III: the bidirectional InfoNCE loss on pairs, and L_NCE+ on pairs with hard negatives (paper sections 5.1, 5.2).
+"""Stages II and III: bidirectional InfoNCE on pairs, L_NCE+ on pairs with hard negatives (paper sections 5.1, 5.2).
 
 Law: every batch comes from one source and holds no text twice (a duplicate would be a false negative). The loss is
 sentence-transformers' MultipleNegativesRankingLoss with the partition of each direction kept apart.
 
-NOTE: sentence-transformers averages the two directions, the paper adds them: our loss is exactly half the paper's. AdamW is
-invariant to that factor; gradient clipping is not, so `max_grad_norm` acts as twice the value on the paper's scale.
+NOTE: sentence-transformers averages the two directions, the paper adds them: our loss is exactly half the paper's.
+AdamW is invariant to that factor; gradient clipping is not, so `max_grad_norm` acts as twice the value on the paper's
+scale.
 """
 
+import fnmatch
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,10 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import nn
 from transformers import set_seed
 
-import modeling_jina_bert  # noqa: F401 (registers the classes)
+import modeling_jina_bert
 
 from .recipe import ContrastiveRecipe, RecipeError, training_arguments
-from .run import RunRecorder, resume_checkpoint
+from .run import RunRecorder, check_checkpoint, resume_checkpoint
 from .sources import Source, check_columns, open_source
 
 logger = logging.getLogger(__name__)
@@ -34,8 +36,8 @@ logger = logging.getLogger(__name__)
 def load_sources(recipe: ContrastiveRecipe) -> DatasetDict:
     """All sources as (anchor, positive[, negative_1 ... negative_n]) columns, weighted.
 
-    A source's weight multiplies its rows: below 1 a random share of them is kept, above 1 they are repeated, so that drawing
-    sources in proportion to their rows draws them by size times weight.
+    A source's weight multiplies its rows: below 1 a random share of them is kept, above 1 they are repeated, so that
+    drawing sources in proportion to their rows draws them by size times weight.
 
     Args:
         recipe: Gives `sources`, `data_dir`, `num_negatives`, `fill_negatives`, `max_rows` and the seed.
@@ -63,10 +65,12 @@ def load_sources(recipe: ContrastiveRecipe) -> DatasetDict:
 def _load_source(source: Source, recipe: ContrastiveRecipe, seed: int) -> Dataset:
     dataset = open_source(source, recipe.data_dir, streaming=False)
     columns = {source.anchor: "anchor", source.positive: "positive"}
+    negatives = []
     if recipe.num_negatives:
-        columns[source.negatives] = "negatives"
-    check_columns(dataset, source, list(columns))
-    dataset = dataset.select_columns(list(columns)).rename_columns({a: b for a, b in columns.items() if a != b})
+        negatives = fnmatch.filter(dataset.column_names, source.negatives) or [source.negatives]
+    check_columns(dataset, source, [*columns, *negatives])
+    dataset = dataset.select_columns([*columns, *negatives])
+    dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})
     before = len(dataset)
     dataset = dataset.filter(_is_pair)
     if not len(dataset):
@@ -74,7 +78,7 @@ def _load_source(source: Source, recipe: ContrastiveRecipe, seed: int) -> Datase
     if recipe.max_rows is not None and len(dataset) > recipe.max_rows:
         dataset = dataset.shuffle(seed=seed).select(range(recipe.max_rows))
     if recipe.num_negatives:
-        dataset = _expand_negatives(dataset, source, recipe, seed)
+        dataset = _expand_negatives(dataset, negatives, source, recipe, seed)
     return dataset
 
 
@@ -83,19 +87,26 @@ def _is_pair(row: dict[str, Any]) -> bool:
     return bool(anchor and positive) and anchor != positive
 
 
-def _expand_negatives(dataset: Dataset, source: Source, recipe: ContrastiveRecipe, seed: int) -> Dataset:
+def _expand_negatives(
+    dataset: Dataset, columns: list[str], source: Source, recipe: ContrastiveRecipe, seed: int
+) -> Dataset:
     """Exactly `num_negatives` text columns; rows with fewer are filled with positives of other rows, or refused."""
     wanted = recipe.num_negatives
     positives = dataset["positive"][:]
 
     def expand(row: dict[str, Any], index: int) -> dict[str, str]:
-        if not isinstance(row["negatives"], list):
-            raise RecipeError(f"source {source.name}: {source.negatives!r} of row {index} is not a list of texts.")
-        kept = {text: None for text in row["negatives"] if text and text.strip() and text != row["positive"]}
+        given = [text for name in columns for text in _as_list(row[name])]
+        if not all(isinstance(text, str) for text in given):
+            raise RecipeError(
+                f"source {source.name}: {source.negatives!r} of row {index} holds something else than text."
+            )
+        # A dictionary keeps the order, and each text once.
+        kept = {text: None for text in given if text.strip() and text not in (row["positive"], row["anchor"])}
         negatives = list(kept)[:wanted]
         if len(negatives) < wanted and recipe.fill_negatives == "error":
             raise RecipeError(
-                f"source {source.name}: row {index} has {len(negatives)} of {wanted} negatives; set fill_negatives: random."
+                f"source {source.name}: row {index} has {len(negatives)} of {wanted} negatives; "
+                "set fill_negatives: random."
             )
         generator = np.random.default_rng([seed, index])
         excluded = {row["positive"], row["anchor"], *negatives}
@@ -107,10 +118,20 @@ def _expand_negatives(dataset: Dataset, source: Source, recipe: ContrastiveRecip
                 excluded.add(text)
                 negatives.append(text)
         if len(negatives) < wanted:
-            raise RecipeError(f"source {source.name}: too few different texts to fill {wanted} negatives of row {index}.")
+            raise RecipeError(
+                f"source {source.name}: too few different texts to fill {wanted} negatives of row {index}."
+            )
         return {f"negative_{i}": text for i, text in enumerate(negatives, start=1)}
 
-    return dataset.map(expand, with_indices=True, remove_columns=["negatives"], load_from_cache_file=False)
+    # remove_columns goes first: a column of the input may have the name of a new one.
+    expanded = dataset.map(expand, with_indices=True, remove_columns=columns, load_from_cache_file=False)
+    return expanded.select_columns(["anchor", "positive", *(f"negative_{i}" for i in range(1, wanted + 1))])
+
+
+def _as_list(value: Any) -> list:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _weighted(dataset: Dataset, weight: float, seed: int) -> Dataset:
@@ -146,7 +167,7 @@ def load_model(recipe: ContrastiveRecipe) -> SentenceTransformer:
 
 
 def build_loss(model: SentenceTransformer, recipe: ContrastiveRecipe) -> nn.Module:
-    """Half of L_pairs, or with negatives half of L_NCE+: anchors against positives and negatives, positives against anchors."""
+    """Half of L_pairs, or of L_NCE+: anchors against positives and negatives, positives against anchors."""
     options = {
         "scale": 1 / recipe.temperature,
         "directions": ("query_to_doc", "doc_to_query"),
@@ -174,8 +195,9 @@ def train(recipe: ContrastiveRecipe, *, resume: bool | str | None = None) -> Pat
     options = {"batch_sampler": "no_duplicates", "multi_dataset_batch_sampler": "proportional"}
     arguments = training_arguments(SentenceTransformerTrainingArguments, recipe, **options)
     set_seed(arguments.seed)
-    datasets = load_sources(recipe)
     model = load_model(recipe)
+    check_checkpoint(checkpoint, model[0].auto_model.config)
+    datasets = load_sources(recipe)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,

@@ -1,6 +1,7 @@
 """Stage III: pairs with hard negatives.
 
-    python -m training.hard_negatives --config training/recipes/tiny-hard-negatives.yaml data_dir=DATA model=RUN2/final output_dir=RUN3
+python -m training.hard_negatives --config training/recipes/tiny-hard-negatives.yaml data_dir=DATA model=RUN2/final
+output_dir=RUN3
 """
 
 from .contrastive import train

@@ -1,8 +1,8 @@
 """Whole-word masking for stage I (paper section 4).
 
-Law: words are chosen, not tokens: all pieces of a word are predicted or none is. Of the chosen tokens 80 % become [MASK], 10 % a
-random token, 10 % stay. Special tokens and padding are never chosen. The choice is a function of (seed, batch content): it
-needs no state, so a resumed run masks as the uninterrupted one.
+Law: words are chosen, not tokens: all pieces of a word are predicted or none is. Of the chosen tokens 80 % become
+[MASK], 10 % a random token, 10 % stay. Special tokens and padding are never chosen. The choice is a function of
+(seed, batch content): it needs no state, so a resumed run masks as the uninterrupted one.
 """
 
 import zlib
@@ -76,8 +76,8 @@ class WholeWordMaskingCollator:
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = self.tokenizer.pad([{"input_ids": e["input_ids"]} for e in examples], return_tensors="pt")
-        content = zlib.crc32(batch["input_ids"].numpy().tobytes())
-        generator = torch.Generator().manual_seed((self.seed << 32) + content)
+        # TRAP: torch's CPU generator reads the low 32 bits of a seed only; both parts have to be in them.
+        generator = torch.Generator().manual_seed(zlib.crc32(batch["input_ids"].numpy().tobytes(), self.seed))
         input_ids, labels = mask_whole_words(
             batch["input_ids"],
             continues_word=self._continues_word,

@@ -16,7 +16,7 @@ from modeling_jina_bert import JinaBertConfig, JinaBertForMaskedLM
 
 from .masking import IGNORED, WholeWordMaskingCollator
 from .recipe import MLMRecipe, RecipeError, command_line, load_recipe, training_arguments
-from .run import RunRecorder, exit_on_recipe_error, resume_checkpoint
+from .run import RunRecorder, check_checkpoint, exit_on_recipe_error, resume_checkpoint
 from .sources import sequences
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,6 @@ def build_model(recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase) -> JinaBe
     if len(tokenizer) > config.vocab_size:
         raise RecipeError(f"model.vocab_size={config.vocab_size} is below the tokenizer's {len(tokenizer)} entries.")
     return JinaBertForMaskedLM(config)
-
-
-def masked_accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Argmax of sparse logits; keeps evaluation from gathering (tokens x vocabulary)."""
-    return outputs.argmax(dim=-1)
 
 
 class MLMTrainer(Trainer):
@@ -85,12 +80,14 @@ def train(recipe: MLMRecipe, *, resume: bool | str | None = None) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
     # Length warnings of the tokenizer do not apply: documents are cut or split here.
     tokenizer.model_max_length = max(tokenizer.model_max_length, 8192)
+    model = build_model(recipe, tokenizer)
+    check_checkpoint(checkpoint, model.config)
     stream = sequences(recipe, recipe.sources, tokenizer)
     heldout = None
     if recipe.heldout:
         heldout = list(sequences(recipe, recipe.heldout, tokenizer).take(recipe.heldout_sequences))
     trainer = MLMTrainer(
-        model=build_model(recipe, tokenizer),
+        model=model,
         args=arguments,
         train_dataset=stream.shuffle(seed=arguments.seed, buffer_size=recipe.shuffle_buffer),
         eval_dataset=heldout,

@@ -1,6 +1,6 @@
 """Stage II: text pairs, from a backbone to an embedding model.
 
-    python -m training.pairs --config training/recipes/tiny-pairs.yaml data_dir=DATA model=RUN/final output_dir=RUN2
+python -m training.pairs --config training/recipes/tiny-pairs.yaml data_dir=DATA model=RUN/final output_dir=RUN2
 """
 
 from .contrastive import train

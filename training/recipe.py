@@ -1,7 +1,7 @@
 """Recipes: YAML files checked against dataclasses before anything is loaded.
 
-Law: a recipe that starts is complete. An unknown key, a value of another type, a missing file is a `RecipeError` that names it;
-what ran (defaults and overrides included) is written beside every checkpoint.
+Law: a recipe that starts is complete. An unknown key, a value of another type, a missing file is a `RecipeError` that
+names it; what ran (defaults and overrides included) is written beside every checkpoint.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 R = TypeVar("R")
 
@@ -35,7 +36,7 @@ class Source:
         text: Column with the text (stage I).
         anchor: Column with the query (stages II and III).
         positive: Column with the matching text (stages II and III).
-        negatives: Column with a list of hard negatives (stage III).
+        negatives: Column with a hard negative or a list of them, or a pattern of columns ("negative_*") (stage III).
         url: Public origin, for the model card.
     """
 
@@ -64,8 +65,8 @@ class MLMRecipe:
         sources: What to train on, mixed by weight.
         heldout: Evaluated for loss and masked accuracy at the end and every `training.eval_steps`; may be empty.
         max_length: Tokens of a sequence, [CLS] and [SEP] included.
-        long_documents: "cut" keeps the first `max_length` tokens of a document (the paper's reading of C4), "split" makes
-            consecutive sequences of it and loses nothing (books).
+        long_documents: "cut" keeps the first `max_length` tokens of a document (the paper's reading of C4), "split"
+            makes consecutive sequences of it and loses nothing (books).
         mlm_probability: Expected share of masked tokens; whole words.
         shuffle_buffer: Sequences held for shuffling the stream.
         heldout_sequences: Sequences of the held-out sources that are evaluated.
@@ -98,7 +99,8 @@ class ContrastiveRecipe:
         max_length: Tokens a text is cut at.
         temperature: Of the InfoNCE loss; its inverse multiplies the cosine.
         num_negatives: Hard negatives a row; 0 is stage II.
-        fill_negatives: What happens to rows with fewer: "random" draws texts of other rows of the source, "error" refuses.
+        fill_negatives: What happens to rows with fewer: "random" draws texts of other rows of the source, "error"
+            refuses.
         mini_batch_size: Sequences in memory at once through the cached loss (GradCache); None computes whole batches.
         max_rows: Rows read from each source; None reads all.
         training: Fields of `SentenceTransformerTrainingArguments`.
@@ -122,7 +124,7 @@ def load_recipe(schema: type[R], path: str | Path, overrides: Sequence[str] = ()
 
     Args:
         schema: `MLMRecipe` or `ContrastiveRecipe`.
-        path: YAML file.
+        path: YAML file; its `extends: OTHER.yaml` takes everything it does not say from the file beside it.
         overrides: "key=value" with dotted keys, for example "training.max_steps=100".
 
     Returns:
@@ -132,16 +134,25 @@ def load_recipe(schema: type[R], path: str | Path, overrides: Sequence[str] = ()
         RecipeError: Unreadable file, unknown key, wrong type, or a required value without one.
     """
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        recipe = OmegaConf.to_object(config)
+        layers = [*_layers(Path(path)), OmegaConf.from_dotlist(list(overrides))]
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *layers))
     except FileNotFoundError as error:
-        raise RecipeError(f"There is no recipe {path}.") from error
+        raise RecipeError(f"There is no recipe {error.filename}.") from error
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"{path}: {reason} (key: {error.full_key or '?'}).") from error
+    except (TypeError, YAMLError) as error:  # a list overridden by an index; a file that is no YAML
+        raise RecipeError(f"{path}: {error}.") from error
     if not recipe.sources:
         raise RecipeError(f"{path}: sources is empty; name at least one source of training data.")
     return recipe
+
+
+def _layers(path: Path) -> list:
+    """The recipe and, before it, the one it `extends` (a file name beside it)."""
+    layer = OmegaConf.load(path)
+    extended = layer.pop("extends", None)
+    return [*(_layers(path.parent / extended) if extended else []), layer]
 
 
 def save_recipe(recipe: Any, folder: str | Path):

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .recipe import RecipeError, save_recipe
@@ -58,6 +58,25 @@ def resume_checkpoint(output_dir: str, resume: bool | str | None) -> str | None:
     if not (Path(resume) / "trainer_state.json").is_file():
         raise RecipeError(f"--resume: {resume} is not a checkpoint (no trainer_state.json).")
     return str(resume)
+
+
+_SHAPE = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "feed_forward_type", "qk_post_norm",
+)  # fmt: skip
+
+
+def check_checkpoint(checkpoint: str | None, config: PreTrainedConfig):
+    """Raises `RecipeError` if a checkpoint to resume from is of a model of another shape; None passes."""
+    if checkpoint is None:
+        return
+    saved = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
+    for name in _SHAPE:
+        if saved.get(name) != getattr(config, name):
+            raise RecipeError(
+                f"{checkpoint} is a checkpoint of another model: its {name} is {saved.get(name)!r}, "
+                f"the recipe's is {getattr(config, name)!r}."
+            )
 
 
 def exit_on_recipe_error(main):

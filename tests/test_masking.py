@@ -1,0 +1,61 @@
+"""Whole-word masking: the statistics, the words, and that it needs no state."""
+
+import json
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from training.masking import IGNORED, WholeWordMaskingCollator
+
+
+@pytest.fixture(scope="module")
+def sequences(tokenizer) -> list[dict]:
+    lines = (REPOSITORY / "tests/data/corpus.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    return [{"input_ids": ids} for ids in tokenizer(texts * 6, truncation=True, max_length=512)["input_ids"]]
+
+
+def test_statistics_on_a_hundred_thousand_tokens(tokenizer, sequences):
+    collator = WholeWordMaskingCollator(tokenizer, probability=0.3, seed=1)
+    counts = torch.zeros(5)  # maskable, chosen, [MASK], unchanged, replaced
+    for start in range(0, len(sequences), 10):
+        original = tokenizer.pad(sequences[start : start + 10], return_tensors="pt")["input_ids"]
+        batch = collator(sequences[start : start + 10])
+        special = torch.isin(original, torch.tensor(tokenizer.all_special_ids))
+        chosen = batch["labels"] != IGNORED
+        assert not (chosen & special).any()
+        assert torch.equal(batch["labels"][chosen], original[chosen])
+        assert torch.equal(batch["input_ids"][~chosen], original[~chosen])
+        now = batch["input_ids"][chosen]
+        masked, same = now == tokenizer.mask_token_id, now == original[chosen]
+        counts += torch.tensor([(~special).sum(), chosen.sum(), masked.sum(), same.sum(), (~masked & ~same).sum()])
+    maskable, chosen, masked, same, replaced = counts.tolist()
+    assert maskable > 100_000
+    assert chosen / maskable == pytest.approx(0.3, abs=0.01)
+    assert masked / chosen == pytest.approx(0.8, abs=0.01)
+    assert same / chosen == pytest.approx(0.1, abs=0.01)
+    assert replaced / chosen == pytest.approx(0.1, abs=0.01)
+
+
+def test_words_are_chosen_whole(tokenizer, sequences):
+    collator = WholeWordMaskingCollator(tokenizer, probability=0.5)
+    batch = collator(sequences[:10])
+    tokens = tokenizer.pad(sequences[:10], return_tensors="pt")["input_ids"]
+    words_of_several = 0
+    for row, labels in zip(tokens, batch["labels"], strict=True):
+        pieces = tokenizer.convert_ids_to_tokens(row.tolist())
+        for i in range(1, len(pieces)):
+            if pieces[i].startswith("##"):
+                words_of_several += 1
+                assert (labels[i] != IGNORED) == (labels[i - 1] != IGNORED), pieces[i - 1 : i + 1]
+    assert words_of_several > 50
+
+
+def test_same_content_same_masks_other_seed_other_masks(tokenizer, sequences):
+    first = WholeWordMaskingCollator(tokenizer, seed=1)
+    first(sequences[5:9])  # whatever came before does not matter
+    again = WholeWordMaskingCollator(tokenizer, seed=1)
+    other = WholeWordMaskingCollator(tokenizer, seed=2)
+    assert torch.equal(first(sequences[:3])["labels"], again(sequences[:3])["labels"])
+    assert not torch.equal(first(sequences[:3])["labels"], other(sequences[:3])["labels"])
