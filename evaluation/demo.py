@@ -145,8 +145,8 @@ def _pieces(text: str, words: int, level: int = 0) -> list[str]:
 def split_passages(text: str, *, document: int = 0, words: int = PASSAGE_WORDS) -> list[Passage]:
     """Passages of about `words` words that end with a paragraph, or else a sentence, where possible.
 
-    Every word of the text is in exactly one passage. A passage has at most 1.25 * `words` words, because a heading of up
-    to a quarter of `words` stays with the text below it.
+    Every word of the text is in exactly one passage. A passage has at most 1.25 * `words` words: no crumb of
+    a quarter of `words` or less, such as a heading, stays alone.
 
     Example:
         >>> [(p.start, p.text) for p in split_passages("One two.\\n\\nThree four five. Six seven.", words=3)]
@@ -160,7 +160,8 @@ def split_passages(text: str, *, document: int = 0, words: int = PASSAGE_WORDS) 
             groups.append([])
         groups[-1] += piece_words
     if len(groups) > 1 and len(groups[-1]) <= crumb and len(groups[-2]) <= words:
-        groups[-2] += groups.pop()
+        last = groups.pop()
+        groups[-1] += last
     passages, start = [], 0
     for group in groups:
         if group:
@@ -182,7 +183,8 @@ def load_model(name: str):
         model.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise DemoError(f"no model to load at {name}: {reason}") from None
+        where = name if Path(name).is_dir() else f"{name} (no such folder here, no such repository within reach)"
+        raise DemoError(f"no model to load at {where}: {reason}") from None
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -4,6 +4,8 @@ Importing this package registers the classes with transformers' Auto classes for
 files, flat, are the remote code beside published weights.
 """
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,7 +29,7 @@ from .modeling_jina_bert import (
     JinaBertPreTrainedModel,
 )
 
-_AUTO_CLASSES = {
+_AUTO_CLASSES: dict[Any, type[JinaBertPreTrainedModel]] = {
     AutoModel: JinaBertModel,
     AutoModelForMaskedLM: JinaBertForMaskedLM,
     AutoModelForSequenceClassification: JinaBertForSequenceClassification,

@@ -73,6 +73,7 @@ class AttentionBias:
     def spans(self) -> list[tuple[int, int] | None]:
         """Per sequence, [start, stop) of its valid tokens; None where they are not contiguous. Empty: (0, 0)."""
         spans: list[tuple[int, int] | None] = []
+        assert self.attention_mask is not None
         for row in self.attention_mask.tolist():
             valid = sum(row)
             start = row.index(True) if valid else 0

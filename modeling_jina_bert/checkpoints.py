@@ -87,7 +87,10 @@ def is_qk_post_norm(names: set[str]) -> bool:
     )
 
 
-class PublishedCheckpointMixin:
+_PreTrainedModel: Any = object  # what this is mixed into; Any for the type checker
+
+
+class PublishedCheckpointMixin(_PreTrainedModel):
     """`from_pretrained` for folders and repositories of the official form and of ours, strict about gaps."""
 
     @classmethod

@@ -6,6 +6,7 @@ padding included, from texts sorted by token length, so one long text does not m
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,10 @@ def token_budget_batches(lengths: Sequence[int], *, batch_size: int, max_tokens:
         yield batch
 
 
-class EncodeMixin:
+_PreTrainedModel: Any = object  # what this is mixed into; Any for the type checker
+
+
+class EncodeMixin(_PreTrainedModel):
     """Adds `encode` and the lazily loaded `tokenizer` to the encoder."""
 
     _tokenizer = None
@@ -73,7 +77,8 @@ class EncodeMixin:
         if self._tokenizer is None:
             if not self.name_or_path:
                 raise ValueError("This model was not loaded from a checkpoint: assign a tokenizer to model.tokenizer.")
-            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path)
+            # With the configuration at hand nothing asks for the trust that loading this model has already taken.
+            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, config=self.config)
         return self._tokenizer
 
     @tokenizer.setter

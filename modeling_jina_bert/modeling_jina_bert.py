@@ -5,6 +5,8 @@ the published files. No buffer exists at all, so nothing grows with `max_positio
 transformers builds the model on the meta device.
 """
 
+from typing import Literal
+
 import torch
 from torch import nn
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
@@ -157,9 +159,7 @@ class JinaBertLayer(GradientCheckpointingLayer):
         if config.qk_post_norm:
             self.layer_norm_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.layer_norm_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.mlp = JinaBertPostNormMLP(config)
-        else:
-            self.mlp = JinaBertMLP(config)
+        self.mlp = JinaBertPostNormMLP(config) if config.qk_post_norm else JinaBertMLP(config)
 
     def forward(
         self, hidden_states: torch.Tensor, bias: AttentionBias, output_attentions: bool = False
@@ -245,8 +245,8 @@ class JinaBertModel(EncodeMixin, JinaBertPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.embeddings.word_embeddings = value
+    def set_input_embeddings(self, value: nn.Module):
+        self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -395,10 +395,10 @@ class JinaBertForSequenceClassification(JinaBertPreTrainedModel):
 
     def __init__(self, config: JinaBertConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
         self.bert = JinaBertModel(config)
         self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -444,10 +444,10 @@ class JinaBertForTokenClassification(JinaBertPreTrainedModel):
 
     def __init__(self, config: JinaBertConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
         self.bert = JinaBertModel(config, add_pooling_layer=False)
         self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -530,7 +530,10 @@ class JinaBertForMultipleChoice(JinaBertPreTrainedModel):
         **kwargs,
     ) -> MultipleChoiceModelOutput:
         """Logits `(batch, choices)` for inputs `(batch, choices, length)`; labels are `(batch,) int64`."""
-        choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        choices = given.shape[1]
         flat = (x.flatten(0, 1) if x is not None else None for x in (input_ids, attention_mask, token_type_ids))
         inputs_embeds = inputs_embeds.flatten(0, 1) if inputs_embeds is not None else None
         outputs = self.bert(*flat, inputs_embeds, **kwargs)
@@ -546,7 +549,9 @@ def _classifier_dropout(config: JinaBertConfig) -> nn.Dropout:
     return nn.Dropout(config.hidden_dropout_prob if given is None else given)
 
 
-def _infer_problem_type(num_labels: int, labels: torch.Tensor) -> str:
+def _infer_problem_type(
+    num_labels: int, labels: torch.Tensor
+) -> Literal["regression", "single_label_classification", "multi_label_classification"]:
     if num_labels == 1:
         return "regression"
     return "single_label_classification" if not labels.is_floating_point() else "multi_label_classification"

@@ -33,22 +33,19 @@ def test_passages_partition_the_words(path, words):
 
 
 def test_passages_follow_paragraphs_then_sentences():
-    paragraphs = ["a " * 90, "b " * 90, "Heading", "c " * 119 + "end.", "d e. " * 70]
+    paragraphs = ["a " * 90, "b " * 90, "Heading", "c " * 119 + "end.", "d e. " * 100]
     passages = demo.split_passages("\n\n".join(paragraphs), words=120)
-    assert [(passage.start, passage.words) for passage in passages] == [
-        (0, 90),
-        (90, 91),
-        (181, 120),
-        (301, 120),
-        (421, 20),
-    ]
-    assert passages[3].text.endswith("d e.")
+    spans = [(passage.start, passage.words) for passage in passages]
+    assert spans == [(0, 90), (90, 91), (181, 120), (301, 120), (421, 80)]
+    assert passages[2].text.endswith("end.")
+    assert passages[3].text.endswith("e.")
 
 
 def test_a_heading_stays_with_the_text_below_it():
     text = "a " * 110 + "\n\nA heading of many words, twelve in all, above a paragraph.\n\n" + "b " * 119
     passages = demo.split_passages(text, words=120)
-    assert [(passage.start, passage.words) for passage in passages] == [(0, 110), (110, 130)]
+    spans = [(passage.start, passage.words) for passage in passages]
+    assert spans == [(0, 110), (110, 130)]
 
 
 def test_passages_of_nothing():
@@ -118,8 +115,8 @@ def test_end_to_end(model_folder, library_folder, tmp_path, capsys):
     assert (output / "map.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "Who saw the [white] whale?" in printed
-    assert "Library: 3 documents, 5 passages" in printed
-    assert "of 251" in printed
+    assert "Library: 3 documents, 4 passages" in printed
+    assert "of 252" in printed
 
 
 def test_documents_are_embedded_whole(model_folder):
