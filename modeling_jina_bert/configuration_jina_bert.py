@@ -8,6 +8,14 @@ nowhere else.
 import logging
 from typing import Literal
 
+import transformers
+from packaging.version import parse
+
+if parse(transformers.__version__) < parse("5.4"):
+    raise ImportError(
+        f"JinaBERT needs transformers>=5.4, found {transformers.__version__}: pip install -U transformers"
+    )
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
