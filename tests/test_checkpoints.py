@@ -86,6 +86,18 @@ def test_every_head_loads_saves_and_loads_again(golden, tmp_path, cls):
         assert torch.equal(first, second), name
 
 
+@pytest.mark.parametrize("cls", [JinaBertModel, *HEADS])
+def test_outputs_as_a_tuple_and_all_hidden_states(cls):
+    model = cls(tiny_config(vocab_size=100)).eval()
+    ids = torch.arange(1, 15).view(1, 2, 7) if cls is JinaBertForMultipleChoice else torch.arange(1, 15).view(2, 7)
+    outputs = model(ids, output_hidden_states=True, output_attentions=True)
+    assert len(outputs.hidden_states) == 3
+    assert [a.shape for a in outputs.attentions] == [(2, 4, 7, 7)] * 2
+    as_tuple = model(ids, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.allclose(as_tuple[0], outputs[0], atol=1e-4)  # eager against SDPA
+
+
 def test_masked_lm_stays_tied(golden, tmp_path):
     model = JinaBertForMaskedLM.from_pretrained(golden.folder)
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
