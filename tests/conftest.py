@@ -23,6 +23,13 @@ GOLDEN = Path(__file__).parent / "golden"
 torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @dataclass
 class Golden:
     """A golden model: its folder (official form), the inputs and outputs, and the sentences of `encode`."""

@@ -144,3 +144,20 @@ def test_dropout_is_applied_in_training_only():
     ids = torch.randint(1, 100, (1, 33))
     assert not torch.equal(model.train()(ids).last_hidden_state, model(ids).last_hidden_state)
     assert torch.equal(model.eval()(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cuda_device_gives_the_numbers_of_the_cpu(dtype):
+    torch.manual_seed(0)
+    model = JinaBertModel(tiny_config(vocab_size=100)).eval()
+    ids = torch.randint(1, 100, (2, 3000))
+    mask = torch.ones_like(ids)
+    mask[1, 1700:] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        in_dtype = model.to(dtype)(ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
+        model.to("cuda")
+        found = model(ids.cuda(), attention_mask=mask.cuda()).last_hidden_state.cpu()[mask.bool()].float()
+    # At most twice the error of the same dtype on the CPU, and for float32 what TF32-free rounding gives.
+    assert (found - expected).abs().max() <= max(2 * (in_dtype - expected).abs().max().item(), 1e-4)
