@@ -28,7 +28,6 @@ LONG_TOKENS = 8192  # the declared maximum of the released models; longer docume
 PASSAGE_WORDS = 120
 SNIPPET_WORDS = 45
 TOP = 3
-DOT_PIXELS = 22  # room that the dot of a document takes on the map
 
 QUERIES = (
     "Why must women in Flatland keep making a sound in public?",
@@ -317,45 +316,6 @@ def project(vectors: np.ndarray) -> np.ndarray:
     return TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=0).fit_transform(vectors)
 
 
-def spread_labels(labels: np.ndarray, sizes: np.ndarray, dots: np.ndarray, *, area: np.ndarray) -> np.ndarray:
-    """Moves labels off the dots and off each other, by small pushes from where they would like to be.
-
-    Args:
-        labels: `(labels, 2) float` centres, in pixels.
-        sizes: `(labels, 2) float` width and height, margin included.
-        dots: `(dots, 2) float` centres of what stays in place.
-        area: `(2,) float` width and height of what the labels stay in.
-
-    Returns:
-        `(labels, 2) float` new centres. Where there is no room for both, a label covers a dot rather than a label.
-    """
-    low, high = sizes / 2, np.maximum(area - sizes / 2, sizes / 2)
-    placed = np.concatenate([np.clip(labels, low, high), dots]).astype(float)
-    sizes = np.concatenate([sizes, np.full_like(dots, DOT_PIXELS)])
-    noise = np.random.default_rng(0)
-    for step in range(600):
-        obstacles = len(placed) if step < 300 else len(labels)
-        moved = False
-        for i in range(len(labels)):
-            for j in range(i + 1, obstacles):
-                gap = (sizes[i] + sizes[j]) / 2 - np.abs(placed[i] - placed[j])
-                if gap.min() <= 0:
-                    continue
-                axis = int(np.argmin(gap))
-                push = np.zeros(2)
-                push[axis] = (gap[axis] + 1) * (1 if placed[i, axis] >= placed[j, axis] else -1)
-                if j < len(labels):
-                    placed[i] += push / 2
-                    placed[j] -= push / 2
-                else:  # the noise frees a label that is stuck between dots
-                    placed[i] += push + noise.normal(scale=DOT_PIXELS / 4, size=2)
-                moved = True
-        placed[: len(labels)] = np.clip(placed[: len(labels)], low, high)
-        if not moved:
-            break
-    return placed[: len(labels)]
-
-
 def draw_map(library: Library, path: Path):
     """Writes a PNG: a dot for each passage, a large one for each document, coloured by kind."""
     import matplotlib
@@ -395,23 +355,21 @@ def draw_map(library: Library, path: Path):
 
 def _label_documents(axes, documents: Sequence[Document], points: np.ndarray, colours: dict[str, str]):
     """Names the documents beside their dots, with a line from name to dot."""
-    axes.figure.canvas.draw()  # fixes the transform from data to pixels
-    to_pixels, origin = axes.transData, axes.bbox.min
+    from adjustText import adjust_text
+
     box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "alpha": 0.9}
     texts = [
-        axes.text(
-            *point, document.label, ha="center", va="center", zorder=5, bbox={**box, "ec": colours[document.kind]}
-        )
+        axes.text(*point, document.label, zorder=5, bbox={**box, "ec": colours[document.kind]})
         for document, point in zip(documents, points, strict=True)
     ]
-    extents = [text.get_window_extent() for text in texts]
-    sizes = np.array([(extent.width + 14, extent.height + 14) for extent in extents])
-    dots = to_pixels.transform(points) - origin
-    above = dots + np.array([0, DOT_PIXELS / 2]) + sizes * [0, 0.5]
-    placed = spread_labels(above, sizes, dots, area=np.array([axes.bbox.width, axes.bbox.height])) + origin
-    for text, point, place in zip(texts, points, to_pixels.inverted().transform(placed), strict=True):
-        text.set_position(place)
-        axes.plot(*zip(point, place, strict=True), color="#555555", linewidth=0.8, zorder=3)
+    adjust_text(
+        texts,
+        points[:, 0],
+        points[:, 1],
+        ax=axes,
+        expand=(1.3, 1.8),
+        arrowprops={"arrowstyle": "-", "color": "#555555", "linewidth": 0.8},
+    )
 
 
 def run(options: argparse.Namespace):

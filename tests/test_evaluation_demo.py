@@ -59,21 +59,6 @@ def test_rank_by_cosine_with_stable_ties():
     assert [score for _, score in ranked] == pytest.approx([1.0, 0.6, 0.6])
 
 
-def test_labels_do_not_overlap():
-    rng = np.random.default_rng(0)
-    area = np.array([1200.0, 800.0])
-    dots = rng.normal(loc=area / 2, scale=60, size=(21, 2))
-    dots[1] = dots[0]
-    sizes = np.stack([rng.uniform(40, 160, 21), np.full(21, 24.0)], axis=1)
-    placed = demo.spread_labels(dots, sizes, dots, area=area)
-    for i in range(21):
-        for j in range(i):
-            overlap = (sizes[i] + sizes[j]) / 2 - np.abs(placed[i] - placed[j])
-            assert overlap.min() <= 1e-6, (i, j)
-    assert (placed >= sizes / 2).all()
-    assert (placed <= area - sizes / 2).all()
-
-
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 def test_projection_of_few_rows(rows):
     points = demo.project(np.random.default_rng(0).normal(size=(rows, 8)).astype(np.float32))
