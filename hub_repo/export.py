@@ -91,6 +91,7 @@ def export(model_path: str, output: Path, *, dtype: str = "float16", card: Path 
     model.config.save_pretrained(output)
     weights = {name: tensor.to(_DTYPES[dtype]).contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    (output / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner reads
     _write_tokenizer(tokenizer, output)
     for name, content in sentence_transformers_files(model.config.hidden_size, model.config.model_max_length).items():
         (output / name).parent.mkdir(exist_ok=True)

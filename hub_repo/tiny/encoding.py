@@ -1,0 +1,214 @@
+"""`encode`: text -> token ids -> hidden states -> one vector a text (masked mean over the tokens).
+
+Law: the vector of a text does not depend on the batch it was computed in. Batches are filled by a budget of tokens,
+padding included, from texts sorted by token length, so one long text does not make a batch of short ones expensive.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+logger = logging.getLogger(__name__)
+
+_OUTPUT_VALUES = ("sentence_embedding", "token_embeddings")
+_TOKENIZER_CHUNK = 1024  # texts tokenised in one call
+
+
+def mean_pooling(token_embeddings: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the token embeddings over the valid tokens, accumulated in float32.
+
+    Args:
+        token_embeddings: `(batch, length, hidden)`, any float dtype.
+        attention_mask: `(batch, length)`, 1 at valid tokens.
+
+    Returns:
+        `(batch, hidden) float32`; exactly 0 for a row without a valid token.
+
+    Example:
+        >>> mean_pooling(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]))
+        tensor([[2.]])
+    """
+    mask = attention_mask.unsqueeze(-1).float()
+    return (token_embeddings.float() * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+
+
+def token_budget_batches(lengths: Sequence[int], *, batch_size: int, max_tokens: int) -> Iterator[list[int]]:
+    """Indices of the texts of each batch, longest texts first.
+
+    Args:
+        lengths: Tokens of each text.
+        batch_size: Texts in a batch at most.
+        max_tokens: Tokens in a batch at most, padding included; a single text may be longer.
+
+    Yields:
+        Lists of indices; texts of a batch are neighbours in length.
+
+    Example:
+        >>> list(token_budget_batches([5, 100, 5, 6], batch_size=32, max_tokens=12))
+        [[1], [3, 0], [2]]
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batch[0]] if batch else lengths[index]
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest > max_tokens):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+_PreTrainedModel: Any = object  # what this is mixed into; Any for the type checker
+
+
+class EncodeMixin(_PreTrainedModel):
+    """Adds `encode` and the lazily loaded `tokenizer` to the encoder."""
+
+    _tokenizer = None
+
+    @property
+    def tokenizer(self):
+        """The tokenizer beside the weights, loaded on first use; assign one for a model built in memory."""
+        if self._tokenizer is None:
+            if not self.name_or_path:
+                raise ValueError("This model was not loaded from a checkpoint: assign a tokenizer to model.tokenizer.")
+            # With the configuration at hand nothing asks for the trust that loading this model has already taken.
+            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, config=self.config)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        sentences: str | list[str],
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: str = "sentence_embedding",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: torch.device | str | None = None,
+        normalize_embeddings: bool = False,
+        *,
+        truncate_dim: int | None = None,
+        max_tokens_per_batch: int = 16384,
+        **tokenizer_kwargs,
+    ) -> np.ndarray | torch.Tensor | list[torch.Tensor]:
+        """Embeds texts; the signature and defaults are those of the official code.
+
+        Args:
+            sentences: One text or a list of texts, empty strings included.
+            batch_size: Texts in a batch at most.
+            show_progress_bar: Progress in tokens; None shows it when the log level is INFO or lower.
+            output_value: "sentence_embedding", or "token_embeddings" for the hidden states of each text.
+            convert_to_numpy: Return a numpy array (False: a list of tensors).
+            convert_to_tensor: Return one tensor; wins over `convert_to_numpy`.
+            device: Moves the model there first.
+            normalize_embeddings: Scale each embedding to length 1, after `truncate_dim`.
+            truncate_dim: Keep the first dimensions only.
+            max_tokens_per_batch: Tokens of a batch at most, padding included.
+            **tokenizer_kwargs: For the tokenizer. `max_length` is the tokenizer's `model_max_length` (8192 in the
+                released models) by default; texts beyond are truncated with one warning, or embedded whole under
+                `truncation=False`.
+
+        Returns:
+            `(texts, hidden) float32`, `(hidden,)` for a single text. For "token_embeddings" a list of `(length,
+            hidden)`.
+
+        Raises:
+            ValueError: An input that is no text; an unknown output_value; a truncate_dim out of range.
+        """
+        single, sentences = isinstance(sentences, str), [sentences] if isinstance(sentences, str) else list(sentences)
+        self._check_encode_arguments(sentences, output_value, truncate_dim)
+        if device is not None:
+            self.to(device)
+        encodings = self._tokenize(sentences, **tokenizer_kwargs)
+        lengths = [len(ids) for ids in encodings["input_ids"]]
+        if show_progress_bar is None:
+            show_progress_bar = logger.isEnabledFor(logging.INFO)
+
+        results: list[torch.Tensor] = [torch.empty(0)] * len(sentences)
+        was_training = self.training
+        self.eval()
+        try:
+            with tqdm(total=sum(lengths), unit="token", disable=not show_progress_bar, desc="encode") as progress:
+                for batch in token_budget_batches(lengths, batch_size=batch_size, max_tokens=max_tokens_per_batch):
+                    for index, result in zip(batch, self._encode_batch(encodings, batch, output_value), strict=True):
+                        results[index] = result
+                    progress.update(sum(lengths[index] for index in batch))
+        finally:
+            self.train(was_training)
+
+        if output_value == "token_embeddings":
+            return results[0] if single else results
+        embeddings = torch.stack(results) if results else torch.empty(0, self.config.hidden_size)
+        embeddings = embeddings[:, :truncate_dim]
+        if normalize_embeddings:
+            embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=1)
+        if single:
+            embeddings = embeddings[0]
+        if convert_to_tensor:
+            return embeddings
+        if convert_to_numpy:
+            return embeddings.cpu().numpy()
+        return embeddings if single else list(embeddings)
+
+    def _check_encode_arguments(self, sentences: list, output_value: str, truncate_dim: int | None):
+        for index, sentence in enumerate(sentences):
+            if not isinstance(sentence, str):
+                raise ValueError(f"sentences[{index}] is {sentence!r}, not a string.")
+        if output_value not in _OUTPUT_VALUES:
+            raise ValueError(f"output_value={output_value!r} is not one of {', '.join(_OUTPUT_VALUES)}.")
+        if truncate_dim is not None and not 0 < truncate_dim <= self.config.hidden_size:
+            raise ValueError(f"truncate_dim={truncate_dim} is not in 1 ... {self.config.hidden_size} (hidden_size).")
+
+    def _tokenize(
+        self,
+        sentences: list[str],
+        *,
+        truncation: bool = True,
+        max_length: int | None = None,
+        padding: bool = True,  # accepted for the official signature; batches are always padded
+        **tokenizer_kwargs,
+    ) -> dict[str, list[list[int]]]:
+        """Token ids (and token types) of every text, unpadded; the texts over `max_length` cut, with one warning."""
+        tokenizer = self.tokenizer
+        if max_length is None:
+            # Tokenizers without a stated limit carry a huge placeholder.
+            max_length = min(tokenizer.model_max_length, max(self.config.model_max_length, 1))
+        columns: dict[str, list[list[int]]] = {"input_ids": []}
+        options = {"return_attention_mask": False, "verbose": False, **tokenizer_kwargs}
+        for start in range(0, len(sentences), _TOKENIZER_CHUNK):
+            encoded = tokenizer(sentences[start : start + _TOKENIZER_CHUNK], truncation=False, **options)
+            for name, values in encoded.items():
+                columns.setdefault(name, []).extend(values)
+        long = [i for i, ids in enumerate(columns["input_ids"]) if len(ids) > max_length] if truncation else []
+        dropped = 0
+        for index in long:
+            shortened = tokenizer(sentences[index], truncation=True, max_length=max_length, **options)
+            dropped += len(columns["input_ids"][index]) - len(shortened["input_ids"])
+            for name in columns:
+                columns[name][index] = shortened[name]
+        if long:
+            logger.warning(
+                "%d of %d texts are longer than max_length=%d tokens and were truncated; %d tokens are not embedded. "
+                "Pass a larger max_length, or truncation=False, to embed them whole.",
+                len(long), len(sentences), max_length, dropped,
+            )  # fmt: skip
+        return columns
+
+    def _encode_batch(self, encodings: dict, batch: list[int], output_value: str) -> list[torch.Tensor]:
+        features = {name: [column[index] for index in batch] for name, column in encodings.items()}
+        inputs = self.tokenizer.pad(features, return_tensors="pt").to(self.device)
+        hidden_states = self(**inputs).last_hidden_state
+        mask = inputs["attention_mask"]
+        if output_value == "token_embeddings":
+            return [states[row.bool()].float() for states, row in zip(hidden_states, mask, strict=True)]
+        return list(mean_pooling(hidden_states, mask))
