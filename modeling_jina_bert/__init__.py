@@ -28,6 +28,7 @@ from .modeling_jina_bert import (
     JinaBertModel,
     JinaBertPreTrainedModel,
 )
+from .sparsity import count_scores
 
 _AUTO_CLASSES: dict[Any, type[JinaBertPreTrainedModel]] = {
     AutoModel: JinaBertModel,
@@ -58,5 +59,6 @@ __all__ = [
     "alibi_bias",
     "alibi_hankel",
     "alibi_slopes",
+    "count_scores",
     "mean_pooling",
 ]

@@ -5,11 +5,13 @@ the published files. No buffer exists at all, so nothing grows with `max_positio
 transformers builds the model on the meta device.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -27,10 +29,16 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .alibi import alibi_slopes
-from .attention import ATTENTION_FUNCTIONS, AttentionBias, eager_attention
+from .attention import ATTENTION_FUNCTIONS, eager_attention
 from .checkpoints import PublishedCheckpointMixin
 from .configuration_jina_bert import JinaBertConfig
 from .encoding import EncodeMixin
+from .packing import Sequences
+
+MLP_BLOCK_BYTES = 2**24
+"""Bytes of the widest intermediate of an MLP that is held at a time in inference on the CPU: about a last-level cache."""
+LOGITS_BLOCK = 512
+"""Labelled positions whose logits exist at a time in the training loss."""
 
 
 class JinaBertEmbeddings(nn.Module):
@@ -73,13 +81,14 @@ class JinaBertSelfAttention(nn.Module):
             self.layer_norm_k = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
-        self, hidden_states: torch.Tensor, bias: AttentionBias, output_attentions: bool = False
+        self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
         if self.config.qk_post_norm:
             query, key = self.layer_norm_q(query), self.layer_norm_k(key)
-        heads = (*hidden_states.shape[:-1], -1, self.head_size)
-        query, key, value = (x.view(heads).transpose(1, 2) for x in (query, key, value))  # batch, heads, length, size
+        query, key, value = (x.unflatten(-1, (-1, self.head_size)) for x in (query, key, value))
+        if sequences.cu_seqlens is not None and not sequences.is_flat:
+            query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # tokens, heads, head_size
 
         # Only the eager path has probabilities to return, whatever the configured implementation is.
         attention = (
@@ -89,11 +98,11 @@ class JinaBertSelfAttention(nn.Module):
             query,
             key,
             value,
-            bias,
+            sequences,
             scaling=self.head_size**-0.5,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
         )
-        return context.transpose(1, 2).reshape(hidden_states.shape), probabilities
+        return context.reshape(hidden_states.shape), probabilities
 
 
 class JinaBertSelfOutput(nn.Module):
@@ -113,9 +122,24 @@ class JinaBertAttention(nn.Module):
         self.self = JinaBertSelfAttention(config)
         self.output = JinaBertSelfOutput(config)
 
-    def forward(self, hidden_states: torch.Tensor, bias: AttentionBias, output_attentions: bool) -> torch.Tensor:
-        context, _ = self.self(hidden_states, bias, output_attentions)
+    def forward(self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool) -> torch.Tensor:
+        context, _ = self.self(hidden_states, sequences, output_attentions)
         return self.output(context, hidden_states)
+
+
+def _by_blocks_of_tokens(function: Callable, hidden_states: torch.Tensor, width: int) -> torch.Tensor:
+    """Applies a token-wise function to blocks whose `(tokens, width)` intermediate has `MLP_BLOCK_BYTES`.
+
+    In inference on the CPU only: the block stays in the cache between the passes over it, and the memory does not grow
+    with the batch. Elsewhere kernels are launched once.
+    """
+    if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(hidden_states)
+    size = max(1, MLP_BLOCK_BYTES // (width * hidden_states.element_size()))
+    blocks = hidden_states.flatten(0, -2).split(size)
+    if len(blocks) == 1:
+        return function(hidden_states)
+    return torch.cat([function(block) for block in blocks]).view(hidden_states.shape)
 
 
 class JinaBertMLP(nn.Module):
@@ -130,6 +154,9 @@ class JinaBertMLP(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _by_blocks_of_tokens(self._forward, hidden_states, self.gated_layers.out_features)
+
+    def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, linear = self.gated_layers(hidden_states).chunk(2, dim=-1)
         return self.layernorm(self.wo(self.dropout(self.act(gate) * linear)) + hidden_states)
 
@@ -145,6 +172,9 @@ class JinaBertPostNormMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _by_blocks_of_tokens(self._forward, hidden_states, self.up_gated_layer.out_features)
+
+    def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         linear, gate = self.up_gated_layer(hidden_states).chunk(2, dim=-1)
         return self.down_layer(self.dropout(linear * self.act(gate)))
 
@@ -162,9 +192,9 @@ class JinaBertLayer(GradientCheckpointingLayer):
         self.mlp = JinaBertPostNormMLP(config) if config.qk_post_norm else JinaBertMLP(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, bias: AttentionBias, output_attentions: bool = False
+        self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool = False
     ) -> torch.Tensor:
-        attended = self.attention(hidden_states, bias, output_attentions)
+        attended = self.attention(hidden_states, sequences, output_attentions)
         if not self.qk_post_norm:
             return self.mlp(attended)
         # NOTE: the residual enters twice, inside `attention.output` and here; the published weights expect it.
@@ -178,10 +208,10 @@ class JinaBertEncoder(nn.Module):
         self.layer = nn.ModuleList([JinaBertLayer(config) for _ in range(config.num_hidden_layers)])
 
     def forward(
-        self, hidden_states: torch.Tensor, bias: AttentionBias, output_attentions: bool = False
+        self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool = False
     ) -> BaseModelOutput:
         for layer in self.layer:
-            hidden_states = layer(hidden_states, bias, output_attentions)
+            hidden_states = layer(hidden_states, sequences, output_attentions)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -202,8 +232,12 @@ class JinaBertPreTrainedModel(PublishedCheckpointMixin, PreTrainedModel):
     config_class = JinaBertConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
+    # The Trainer leaves the scaling of an accumulated loss to models that take **kwargs, unless they say they do not.
+    accepts_loss_kwargs = False
     _no_split_modules = ["JinaBertEmbeddings", "JinaBertLayer"]  # noqa: RUF012 (transformers reads a list)
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": JinaBertLayer,
         "attentions": JinaBertSelfAttention,
@@ -248,6 +282,11 @@ class JinaBertModel(EncodeMixin, JinaBertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
+    def _records_layers(self, kwargs: dict) -> bool:
+        """Whether outputs of single layers are asked for: they have the shape of the batch, so it is not packed."""
+        wanted = (kwargs.get(x, getattr(self.config, x, None)) for x in ("output_hidden_states", "output_attentions"))
+        return any(x is not None and x is not False for x in wanted)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -268,7 +307,7 @@ class JinaBertModel(EncodeMixin, JinaBertPreTrainedModel):
             **kwargs: `output_hidden_states`, `output_attentions` (computed by the eager path), `return_dict`.
 
         Returns:
-            `last_hidden_state` `(batch, length, hidden)`, `pooler_output` `(batch, hidden)` or None, and on request
+            `last_hidden_state` `(batch, length, hidden)`, zero at padding that was packed away, `pooler_output` `(batch, hidden)` or None, and on request
             `hidden_states` (layers + 1) and `attentions` (layers) of `(batch, heads, length, length)`.
 
         Raises:
@@ -278,22 +317,28 @@ class JinaBertModel(EncodeMixin, JinaBertPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if kwargs.get("position_ids") is not None:
             raise ValueError("JinaBERT has no position embeddings: ALiBi takes distances from the token order.")
-        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
-        batch, length = hidden_states.shape[:2]
-        if attention_mask is not None:
-            if attention_mask.shape != (batch, length):
-                raise ValueError(
-                    f"attention_mask has the shape {tuple(attention_mask.shape)}, expected {(batch, length)}."
-                )
-            attention_mask = attention_mask.bool()
-            if attention_mask.all():
-                attention_mask = None
-        bias = AttentionBias(
-            self.slopes, attention_mask, length, dtype=hidden_states.dtype, device=hidden_states.device
+        given: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # type: ignore[assignment]
+        batch, length = given.shape[:2]
+        if attention_mask is not None and attention_mask.shape != (batch, length):
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}, expected {(batch, length)}."
+            )
+        output_attentions = bool(kwargs.get("output_attentions"))
+        sequences = Sequences(
+            self.slopes,
+            attention_mask,
+            batch,
+            length,
+            dtype=self.dtype,
+            device=given.device,
+            pack=not self._records_layers(kwargs),
+            sparse=self.config.sparse_attention,
         )
+        inputs = (sequences.pack(x) if x is not None else None for x in (input_ids, token_type_ids, inputs_embeds))
         hidden_states = self.encoder(
-            hidden_states, bias, output_attentions=bool(kwargs.get("output_attentions"))
+            self.embeddings(*inputs), sequences, output_attentions=output_attentions
         ).last_hidden_state
+        hidden_states = sequences.unpack(hidden_states)
         pooled = self.pooler(hidden_states) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
@@ -332,6 +377,7 @@ class JinaBertOnlyMLMHead(nn.Module):
 class JinaBertForMaskedLM(JinaBertPreTrainedModel):
     """Masked language modelling; the decoder shares the word embeddings."""
 
+    accepts_loss_kwargs = True
     _tied_weights_keys = {  # noqa: RUF012
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -358,6 +404,7 @@ class JinaBertForMaskedLM(JinaBertPreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
         """Token logits and, with labels, the mean cross entropy over them.
@@ -368,26 +415,66 @@ class JinaBertForMaskedLM(JinaBertPreTrainedModel):
             token_type_ids: See there.
             inputs_embeds: See there.
             labels: `(batch, length) int64`, -100 where nothing is to be predicted.
+            num_items_in_batch: Labelled positions of the whole optimiser step, which the loss is divided by; None is
+                those of this call. The Trainer passes it when it accumulates gradients.
             **kwargs: See there.
 
         Returns:
             `loss` (float32 scalar) and `logits` `(batch, length, vocab_size)`; with `config.sparse_prediction` and
-            labels, `(labelled, vocab_size)` in row-major order of the labelled positions.
+            labels, `(labelled, vocab_size)` in row-major order of the labelled positions, and None in training mode:
+            the loss is then computed a block of positions at a time, and no more logits than that exist.
         """
         outputs = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         hidden_states = outputs.last_hidden_state
         if labels is not None and self.config.sparse_prediction:
             labelled = labels != -100
             hidden_states, labels = hidden_states[labelled], labels[labelled]
+            if self.training:
+                loss = self._loss_without_logits(hidden_states, labels, num_items_in_batch)
+                return MaskedLMOutput(
+                    loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+                )
         logits = self.cls(hidden_states)
         loss = None
         if labels is not None:
             # Half precision is widened for the softmax; float32 and float64 stay as they are.
             scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = CrossEntropyLoss()(scores.view(-1, self.config.vocab_size), labels.view(-1))
+            loss = nn.functional.cross_entropy(
+                scores.view(-1, self.config.vocab_size),
+                labels.view(-1),
+                reduction="mean" if num_items_in_batch is None else "sum",
+            )
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+    def _loss_without_logits(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Cross entropy of `(labelled, hidden)` states; logits and their gradient exist for `LOGITS_BLOCK` rows."""
+        predictions = self.cls.predictions
+        hidden_states = predictions.transform(hidden_states)
+        count = max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch
+        if hasattr(nn, "LinearCrossEntropyOptions") and not torch.is_autocast_enabled(hidden_states.device.type):
+            loss = nn.functional.linear_cross_entropy(
+                hidden_states,
+                predictions.decoder.weight,
+                labels,
+                linear_bias=predictions.decoder.bias,
+                reduction="sum",
+                options=nn.LinearCrossEntropyOptions(batch_chunk_size=LOGITS_BLOCK),
+            )
+            return loss / count
+
+        def block(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            logits = predictions.decoder(states)
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return nn.functional.cross_entropy(scores, targets, reduction="sum")
+
+        blocks = zip(hidden_states.split(LOGITS_BLOCK), labels.split(LOGITS_BLOCK), strict=True)
+        return sum(checkpoint(block, *pair, use_reentrant=False) for pair in blocks) / count
 
 
 class JinaBertForSequenceClassification(JinaBertPreTrainedModel):

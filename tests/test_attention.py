@@ -1,4 +1,9 @@
-"""Every implementation against the eager one: values, gradients, padding of any kind, and no quadratic tensor."""
+"""Every implementation against the eager one: values, gradients, padding of any kind, and no quadratic tensor.
+
+The eager implementation is held against the official code in test_golden.py.
+"""
+
+import copy
 
 import pytest
 import torch
@@ -6,7 +11,9 @@ from conftest import tiny_config
 
 from modeling_jina_bert import JinaBertModel, alibi_slopes
 from modeling_jina_bert import attention as attention_module
-from modeling_jina_bert.attention import AttentionBias, eager_attention, sdpa_attention
+from modeling_jina_bert import cpu_attention
+from modeling_jina_bert.attention import ATTENTION_FUNCTIONS, eager_attention, sdpa_attention
+from modeling_jina_bert.packing import Sequences
 
 LENGTH = 129
 
@@ -18,78 +25,159 @@ def masks() -> dict[str, torch.Tensor | None]:
     holes[2, 3:40:5] = False
     nothing = right.clone()
     nothing[1] = False
-    return {"none": None, "right": right, "left": right.flip(1), "holes": holes, "empty row": nothing}
+    equal = torch.ones(3, LENGTH, dtype=torch.bool)
+    equal[:2, 50:] = False
+    return {"none": None, "right": right, "equal": equal, "left": right.flip(1), "holes": holes, "empty row": nothing}
 
 
-@pytest.mark.parametrize("path", ["dense", "linear"])
+def layout(heads: int, mask: torch.Tensor | None, batch: int = 3, length: int = LENGTH, **options) -> Sequences:
+    options = {"dtype": torch.float64, "device": torch.device("cpu"), **options}
+    return Sequences(alibi_slopes(heads), mask, batch, length, **options)
+
+
+def compare(
+    function, heads: int, mask: torch.Tensor | None, length: int = LENGTH, batch: int = 3, gradients=True, **options
+):
+    """Context and gradients equal those of eager attention, at valid tokens."""
+    generator = torch.Generator().manual_seed(heads)
+    shape = (batch, length, heads, 16)
+    *qkv, weights = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(4))
+    if mask is not None:  # an empty sequence: its value is defined, a gradient through its scores is not
+        weights[~mask.any(dim=1)] = 0
+    results = []
+    for attention in (eager_attention, function):
+        sequences = layout(heads, mask, batch, length, **(options if attention is function else {}))
+        inputs = [x.clone().requires_grad_(gradients) for x in qkv]
+        packed = [sequences.unpad(x) if sequences.cu_seqlens is not None else x for x in inputs]
+        context, _ = attention(*packed, sequences, scaling=0.25)
+        assert context.shape == packed[0].shape
+        padded = sequences.pad(context) if sequences.cu_seqlens is not None else context
+        found = torch.autograd.grad((padded * weights).sum(), inputs) if gradients else ()
+        results.append((padded, *found))
+    for eager, other in zip(*results, strict=True):
+        assert eager.abs().max() > 0
+        assert (eager - other).abs().max() < 1e-11
+
+
 @pytest.mark.parametrize("kind", masks())
 @pytest.mark.parametrize("heads", [1, 4, 6, 12])
-def test_sdpa_equals_eager(monkeypatch, path, kind, heads):
-    if path == "linear":  # what long sequences take
-        monkeypatch.setattr(attention_module, "DENSE_LENGTH", 0)
-        monkeypatch.setattr(attention_module, "QUERY_BLOCK", 50)
-    mask = masks()[kind]
-    generator = torch.Generator().manual_seed(heads)
-    qkv = [torch.randn(3, heads, LENGTH, 16, dtype=torch.float64, generator=generator) for _ in range(3)]
-    weights = torch.randn(3, heads, LENGTH, 16, dtype=torch.float64, generator=generator)
-    if kind == "empty row":  # uniform attention: its value is defined, a gradient through its scores is not
-        weights[1] = 0
-    results = []
-    for function in (eager_attention, sdpa_attention):
-        inputs = [x.clone().requires_grad_() for x in qkv]
-        bias = AttentionBias(alibi_slopes(heads), mask, LENGTH, dtype=torch.float64, device=torch.device("cpu"))
-        context, _ = function(*inputs, bias, scaling=0.25)
-        gradients = torch.autograd.grad((context * weights).sum(), inputs)
-        results.append((context, *gradients))
-    for eager, sdpa in zip(*results, strict=True):
-        assert eager.abs().max() > 0
-        assert (eager - sdpa).abs().max() < 1e-11
+def test_sdpa_equals_eager(heads, kind):
+    compare(sdpa_attention, heads, masks()[kind])
 
 
-@pytest.mark.parametrize("span", [None, (0, 100), (29, 129)])
-def test_blocks_of_queries_equal_eager(monkeypatch, span):
-    """The path of devices whose kernels read no strided view."""
-    monkeypatch.setattr(attention_module, "QUERY_BLOCK", 50)
-    mask = None
-    if span is not None:
-        mask = torch.zeros(1, LENGTH, dtype=torch.bool)
-        mask[:, span[0] : span[1]] = True
-    query, key, value = (torch.randn(1, 4, LENGTH, 16, dtype=torch.float64) for _ in range(3))
-    bias = AttentionBias(alibi_slopes(4), mask, LENGTH, dtype=torch.float64, device=torch.device("cpu"))
-    expected, _ = eager_attention(query, key, value, bias, scaling=0.25)
-    start, stop = span or (0, LENGTH)
-    found = attention_module._blockwise(
-        query, key[:, :, start:stop], value[:, :, start:stop], bias, span=span, scaling=0.25, dropout=0.0
-    )
-    assert (found - expected).abs().max() < 1e-12
+@pytest.mark.parametrize("kind", masks())
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_sdpa_path_of_other_devices_equals_eager(monkeypatch, kind, dense):
+    """Where there is no kernel for packed sequences: a dense bias, or blocks of queries."""
+
+    def elsewhere(query, key, value, sequences, *, scaling):
+        qkv = (attention_module._heads_first(x, sequences) for x in (query, key, value))
+        if dense:
+            if sequences.has_empty:  # see the TRAP in attention.py
+                pytest.skip("never taken with an empty sequence")
+            bias = attention_module._dense_bias(sequences)
+            context = attention_module._sdpa(*qkv, bias, scaling=scaling, dropout=0.0)
+        else:
+            context = attention_module._row_by_row(*qkv, sequences, scaling=scaling, dropout=0.0)
+        return attention_module._tokens_first(context, sequences), None
+
+    monkeypatch.setattr(attention_module, "BLOCK_SCORES", 4 * 50 * LENGTH)
+    monkeypatch.setattr(Sequences, "has_empty", kind == "empty row", raising=False)
+    compare(elsewhere, 4, masks()[kind])
+
+
+@pytest.mark.parametrize("kind", masks())
+def test_flex_attention_equals_eager(kind):
+    """Uncompiled and forward only, as on the CPU: score and mask functions are the ones that CUDA compiles."""
+    compare(attention_module.flex_attention, 4, masks()[kind], gradients=False)
+
+
+def test_flex_attention_refuses_gradients_on_the_cpu():
+    model = JinaBertModel(tiny_config(vocab_size=100))
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="forward only on the CPU"):
+        model(torch.randint(1, 100, (1, 33)))
+
+
+def test_flex_attention_visits_the_blocks_that_the_bound_keeps():
+    length, heads = 1500, 4
+    query, key = (torch.randn(heads, length, 16) / 4 for _ in range(2))
+    documents = torch.arange(length) // 900
+    lengths = torch.tensor([900, 600])
+    mask = torch.arange(900) < lengths[:, None]
+    visited = {}
+    for sparse in (False, True):
+        sequences = layout(heads, mask, 2, 900, dtype=torch.float32, sparse=sparse)
+        block_mask = attention_module._flex_block_mask(query, key, sequences, documents, scaling=0.25)
+        visited[sparse] = block_mask.kv_num_blocks[0].sum(dim=1)
+        # Every block of queries visits its own block of keys.
+        for head in range(heads):
+            for row, count in enumerate(block_mask.kv_num_blocks[0, head].tolist()):
+                assert row in block_mask.kv_indices[0, head, row, :count]
+    assert (visited[False] == visited[False][0]).all()
+    # Blocks of 128: the first sequence covers blocks 0 - 7, the second 7 - 11, block 7 is of both.
+    assert visited[False][0] == 8 * 8 + 5 * 5 - 1 + 2 * (7 + 4) - 2 * (7 + 4)
+    assert visited[True][0] < visited[False][0]
+    assert visited[True].tolist() == sorted(visited[True].tolist())  # slopes descend with the head
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flex_attention"])
+def test_the_model_gives_the_same_on_every_path(name):
+    torch.manual_seed(0)
+    reference = JinaBertModel(tiny_config(vocab_size=100)).double().train()
+    reference.set_attn_implementation("eager")
+    model = copy.deepcopy(reference)
+    model.set_attn_implementation(name)
+    ids, mask = torch.randint(1, 100, (3, LENGTH)), masks()["right"].long()
+    found = []
+    for instance in (reference, model):
+        with torch.set_grad_enabled(name == "sdpa"):
+            states = instance(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        gradients = ()
+        if name == "sdpa":
+            gradients = torch.autograd.grad(states.square().mean(), list(instance.encoder.parameters()))
+        found.append((states, *gradients))
+    for expected, other in zip(*found, strict=True):
+        assert (expected - other).abs().max() < 1e-10
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the storage of the largest tensor that any operation returns, in bytes."""
+    """Records the storage of the largest tensor that any operation returns, in bytes; operators are looked into."""
 
     def __init__(self):
         super().__init__()
         self.bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        if str(function.namespace).startswith("jina_bert_"):
+            with self:
+                result = OPERATORS[function](*args, **(kwargs or {}))
+        else:
+            result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor):
                 self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
         return result
 
 
-@pytest.mark.parametrize("padded", [False, True])
+OPERATORS = {
+    operator._opoverload: operator._init_fn for operator in (cpu_attention.alibi_attention, cpu_attention._backward)
+}
+
+
+@pytest.mark.parametrize("kind", ["whole", "packed", "left padding"])
 @pytest.mark.parametrize("training", [False, True])
-def test_memory_is_linear_in_the_length(padded, training):
-    config = tiny_config(vocab_size=100)
-    model = JinaBertModel(config).train(training)
+def test_memory_is_linear_in_the_length(monkeypatch, kind, training):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the recorder is one thread's
+    model = JinaBertModel(tiny_config(vocab_size=100)).train(training)
 
     def largest(length: int) -> int:
         ids = torch.randint(1, 100, (2, length))
         mask = torch.ones_like(ids)
-        if padded:
+        if kind != "whole":
             mask[1, length // 2 :] = 0
+        if kind == "left padding":
+            mask = mask.flip(1)
         with torch.set_grad_enabled(training), LargestTensor() as recorder:
             pooled = model(ids, attention_mask=mask).last_hidden_state.mean()
             if training:
@@ -98,8 +186,19 @@ def test_memory_is_linear_in_the_length(padded, training):
 
     short, long = largest(1024), largest(4096)
     assert short > 0
-    assert long <= 4.2 * short
-    assert long < 4096 * 4096
+    if kind != "left padding":
+        assert long <= 4.2 * short
+        assert long < 4096 * 4096
+    else:  # blocks of queries of a fixed number of scores
+        assert long <= max(4.2 * short, 8 * attention_module.BLOCK_SCORES)
+
+
+def test_the_memory_test_sees_a_quadratic_tensor():
+    model = JinaBertModel(tiny_config(vocab_size=100)).eval()
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), LargestTensor() as recorder:
+        model(torch.randint(1, 100, (1, 2048)))
+    assert recorder.bytes >= 4 * 4 * 2048 * 2048
 
 
 def test_eager_returns_probabilities_whatever_is_configured():
@@ -108,6 +207,16 @@ def test_eager_returns_probabilities_whatever_is_configured():
     outputs = model(torch.randint(1, 100, (2, 7)), output_attentions=True)
     assert [a.shape for a in outputs.attentions] == [(2, 4, 7, 7)] * 2
     assert torch.allclose(outputs.attentions[0].sum(-1), torch.ones(2, 4, 7))
+
+
+@pytest.mark.parametrize("wanted", [{"output_hidden_states": True}, {"output_hidden_states": [0]}])
+def test_recorded_layers_have_the_shape_of_the_batch(wanted):
+    model = JinaBertModel(tiny_config(vocab_size=100)).eval()
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    outputs = model(torch.randint(1, 100, (2, 7)), attention_mask=mask, **wanted)
+    recorded = [states.shape for states in outputs.hidden_states if states is not None]
+    assert recorded
+    assert set(recorded) == {(2, 7, model.config.hidden_size)}
 
 
 def test_set_attn_implementation_switches_the_path(monkeypatch):
@@ -121,43 +230,102 @@ def test_set_attn_implementation_switches_the_path(monkeypatch):
 
         return call
 
-    for name, function in list(attention_module.ATTENTION_FUNCTIONS.items()):
-        monkeypatch.setitem(attention_module.ATTENTION_FUNCTIONS, name, recorded(name, function))
+    for name, function in list(ATTENTION_FUNCTIONS.items()):
+        monkeypatch.setitem(ATTENTION_FUNCTIONS, name, recorded(name, function))
     ids = torch.randint(1, 100, (2, 7))
     outputs = []
-    for name in ("eager", "sdpa"):
+    for name in ("eager", "sdpa", "flex_attention"):
         model.set_attn_implementation(name)
-        outputs.append(model(ids).last_hidden_state)
-    assert calls == ["eager", "eager", "sdpa", "sdpa"]
-    assert torch.allclose(*outputs, atol=1e-5)
+        with torch.no_grad():
+            outputs.append(model(ids).last_hidden_state)
+    assert calls == ["eager", "eager", "sdpa", "sdpa", "flex_attention", "flex_attention"]
+    for output in outputs[1:]:
+        assert torch.allclose(outputs[0], output, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2"])
-def test_unsupported_implementations_are_refused(name):
-    with pytest.raises((ValueError, ImportError)):
-        JinaBertModel._from_config(tiny_config(vocab_size=100), attn_implementation=name)
+def test_flash_attention_without_its_package_is_refused():
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        JinaBertModel._from_config(tiny_config(vocab_size=100), attn_implementation="flash_attention_2")
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="paged_nonsense"):
+        JinaBertModel._from_config(tiny_config(vocab_size=100), attn_implementation="paged_nonsense")
 
 
 def test_dropout_is_applied_in_training_only():
-    config = tiny_config(vocab_size=100, attention_probs_dropout_prob=0.5)
-    model = JinaBertModel(config)
+    model = JinaBertModel(tiny_config(vocab_size=100, attention_probs_dropout_prob=0.5))
     ids = torch.randint(1, 100, (1, 33))
     assert not torch.equal(model.train()(ids).last_hidden_state, model(ids).last_hidden_state)
     assert torch.equal(model.eval()(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
+def test_flex_attention_refuses_dropout():
+    model = JinaBertModel(tiny_config(vocab_size=100, attention_probs_dropout_prob=0.5)).train()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match=r"no dropout.*0\.5"):
+        model(torch.randint(1, 100, (1, 33)))
+
+
+def test_activation_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    plain = JinaBertModel(tiny_config(vocab_size=100)).double().train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.activation_checkpointing_enable()
+    ids, mask = torch.randint(1, 100, (3, LENGTH)), masks()["right"].long()
+    gradients = []
+    for model in (plain, checkpointed):
+        loss = model(ids, attention_mask=mask).last_hidden_state[mask.bool()].square().mean()
+        gradients.append(torch.autograd.grad(loss, list(model.encoder.parameters())))
+    for expected, found in zip(*gradients, strict=True):
+        assert expected.abs().max() > 0
+        assert torch.equal(expected, found)
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    model = JinaBertModel(tiny_config(vocab_size=100)).train()
+    ids, mask = torch.randint(1, 100, (3, LENGTH)), masks()["right"].long()
+    exact = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    errors = {}
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            states = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        states.float().square().mean().backward()
+        errors[name] = (states - exact).abs().max().item()
+    assert 0 < errors["sdpa"] <= 2 * errors["eager"]
+
+
+def test_the_operator_is_sound():
+    """torch's own checks of an operator: schema, fake implementation, autograd registration, dynamic shapes."""
+    lengths = torch.tensor([0, 5, 5, 70, 1])
+    qkv = [torch.randn(81, 4, 16, requires_grad=True) for _ in range(3)]
+    slopes = torch.tensor(alibi_slopes(4))
+    torch.library.opcheck(cpu_attention.alibi_attention, (*qkv, slopes, lengths.cumsum(0), 0.25, True))
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "flex_attention", "flash_attention_2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cuda_device_gives_the_numbers_of_the_cpu(dtype):
+def test_a_cuda_device_gives_the_numbers_of_the_cpu(dtype, name):
+    if name == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+        if dtype == torch.float32:
+            pytest.skip("flash-attn is for half precision")
     torch.manual_seed(0)
     model = JinaBertModel(tiny_config(vocab_size=100)).eval()
     ids = torch.randint(1, 100, (2, 3000))
     mask = torch.ones_like(ids)
     mask[1, 1700:] = 0
+    valid = mask.bool()
     with torch.no_grad():
-        expected = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
-        in_dtype = model.to(dtype)(ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
-        model.to("cuda")
-        found = model(ids.cuda(), attention_mask=mask.cuda()).last_hidden_state.cpu()[mask.bool()].float()
+        expected = model(ids, attention_mask=mask).last_hidden_state[valid]
+        in_dtype = model.to(dtype)(ids, attention_mask=mask).last_hidden_state[valid].float()
+        model.to("cuda").set_attn_implementation(name)
+        found = model(ids.cuda(), attention_mask=mask.cuda()).last_hidden_state.cpu()[valid].float()
     # At most twice the error of the same dtype on the CPU, and for float32 what TF32-free rounding gives.
     assert (found - expected).abs().max() <= max(2 * (in_dtype - expected).abs().max().item(), 1e-4)
+    model.train()
+    model(ids.cuda(), attention_mask=mask.cuda()).last_hidden_state.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.encoder.parameters())

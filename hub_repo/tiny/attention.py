@@ -1,146 +1,116 @@
-"""Self-attention under a symmetric ALiBi bias and a padding mask, in interchangeable implementations.
+"""Self-attention under a symmetric ALiBi bias, in interchangeable implementations.
 
 Law: ``softmax(q k^T * scaling - slope * |i - j| + padding) v``, the same numbers from every implementation. Padding
 adds `finfo.min`, not -inf: a sequence without a valid token attends uniformly to all its positions and stays finite.
 
-Memory: `eager` holds (batch, heads, length, length). `sdpa` holds a dense bias only up to `DENSE_LENGTH` tokens;
-beyond, the bias is a strided view (CPU) or built one block of queries at a time (elsewhere), and memory is linear in
-the length, forward and backward.
+All take `(tokens, heads, head_dim)` for packed sequences (`Sequences.cu_seqlens` is set) and `(batch, length, heads,
+head_dim)` for a batch with padding left in it, and return the context in the shape of the query.
+
+| name | where | memory | leaves out what is below rounding |
+|---|---|---|---|
+| eager | everywhere; the reference | quadratic | no |
+| sdpa | CPU: cpu_attention.py; elsewhere blocks of queries | linear | on the CPU |
+| flex_attention | CUDA, compiled; CPU: forward only, uncompiled | linear on CUDA | on CUDA, by blocks |
+| flash_attention_2 | CUDA, half precision, package flash-attn | linear | no |
 """
 
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .alibi import alibi_bias, alibi_hankel
+from .cpu_attention import alibi_attention
+from .packing import Sequences
+from .sparsity import window_bound
 
 DENSE_LENGTH = 512
-"""Tokens up to which a padded batch uses one dense (batch, heads, length, length) bias, built once for all layers.
-Measured on two cores: one SDPA call for the batch beats one per sequence by up to 12x at 64 tokens, 1.2x at 512."""
-QUERY_BLOCK = 1024
-"""Queries whose bias is held at a time where the device's kernels do not read a strided view."""
+"""Tokens up to which devices without a packed kernel use one dense (batch, heads, length, length) bias."""
+BLOCK_SCORES = 2**24
+"""Scores (heads x queries x keys) whose bias is held at a time where it has to be written out."""
+_FLEX_BLOCK = 128
 
 
-class AttentionBias:
-    """What attention adds to the scores: the ALiBi slopes and the padding of one forward pass, shared by all layers.
+def _dense_bias(sequences: Sequences) -> torch.Tensor:
+    """`(1 or batch, heads, length, length)` additive bias, padding included."""
+    bias = alibi_bias(sequences.slopes, sequences.length)
+    if sequences.attention_mask is None:
+        return bias
+    return bias.masked_fill(~sequences.attention_mask[:, None, None, :], torch.finfo(bias.dtype).min)
 
-    Args:
-        slopes: One Python float a head.
-        attention_mask: `(batch, length) bool`, True at valid tokens, or None when every token is valid.
-        length: Tokens of the (padded) batch.
-        dtype: Dtype of the hidden states; the bias is float32, or float64 for float64.
-        device: Device of the hidden states.
-    """
 
-    def __init__(
-        self,
-        slopes: tuple[float, ...],
-        attention_mask: torch.Tensor | None,
-        length: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        # NOTE: bfloat16 cannot even count to 512; the bias stays in float32 under half precision and autocast.
-        bias_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.slopes = torch.tensor(slopes, dtype=bias_dtype, device=device)
-        self.attention_mask = attention_mask
-        self.length = length
+def _heads_first(x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """-> `(batch, heads, length, head_dim)`."""
+    if sequences.cu_seqlens is not None:
+        x = sequences.pad(x)
+    return x.transpose(1, 2)
 
-    @cached_property
-    def dense(self) -> torch.Tensor:
-        """`(1 or batch, heads, length, length)` additive bias, padding included."""
-        bias = alibi_bias(self.slopes, self.length)
-        if self.attention_mask is None:
-            return bias
-        minimum = torch.finfo(bias.dtype).min
-        return bias.masked_fill(~self.attention_mask[:, None, None, :], minimum)
 
-    @cached_property
-    def has_empty_rows(self) -> bool:
-        """Whether a sequence has no valid token at all."""
-        return self.attention_mask is not None and not bool(self.attention_mask.any(dim=1).all())
-
-    @cached_property
-    def hankel(self) -> torch.Tensor:
-        """`(1, heads, length, length)` bias for reversed queries, a view without memory of its own; no padding."""
-        return alibi_hankel(self.slopes, self.length)
-
-    @cached_property
-    def spans(self) -> list[tuple[int, int] | None]:
-        """Per sequence, [start, stop) of its valid tokens; None where they are not contiguous. Empty: (0, 0)."""
-        spans: list[tuple[int, int] | None] = []
-        assert self.attention_mask is not None
-        for row in self.attention_mask.tolist():
-            valid = sum(row)
-            start = row.index(True) if valid else 0
-            spans.append((start, start + valid) if all(row[start : start + valid]) else None)
-        return spans
+def _tokens_first(context: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """`(batch, heads, length, head_dim)` -> the shape of the query."""
+    context = context.transpose(1, 2)
+    return sequences.unpad(context) if sequences.cu_seqlens is not None else context
 
 
 def eager_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bias: AttentionBias,
+    sequences: Sequences,
     *,
     scaling: float,
     dropout: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Reference attention: every score in memory, softmax in float32 or wider.
 
     Args:
-        query: `(batch, heads, length, head_dim)`.
+        query: `(tokens, heads, head_dim)`, or `(batch, length, heads, head_dim)`; see the top of this file.
         key: The same shape.
         value: The same shape.
-        bias: ALiBi slopes and padding of this forward pass.
+        sequences: Slopes, padding and packing of this forward pass.
         scaling: Factor on the scores, 1 / sqrt(head_dim).
         dropout: Probability on the attention probabilities.
 
     Returns:
-        The context `(batch, heads, length, head_dim)` and the probabilities `(batch, heads, length, length)`.
+        The context in the shape of `query`, and the probabilities `(batch, heads, length, length)`.
     """
+    query, key, value = (_heads_first(x, sequences) for x in (query, key, value))
     scores = (query @ key.transpose(-1, -2)) * scaling
-    probabilities = nn.functional.softmax(scores + bias.dense, dim=-1).to(query.dtype)
+    probabilities = nn.functional.softmax(scores + _dense_bias(sequences), dim=-1).to(query.dtype)
     probabilities = nn.functional.dropout(probabilities, p=dropout, training=dropout > 0)
-    return probabilities @ value, probabilities
+    return _tokens_first(probabilities @ value, sequences), probabilities
 
 
 def sdpa_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bias: AttentionBias,
+    sequences: Sequences,
     *,
     scaling: float,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, None]:
-    """`torch.nn.functional.scaled_dot_product_attention`, memory linear in the length.
+    """torch's fused kernels, memory linear in the length.
 
-    Same arguments and context as `eager_attention`. COST: attention dropout > 0 makes torch fall back to a kernel that
-    holds all probabilities; every released model has 0.
+    Same arguments and context as `eager_attention`. COST: with dropout > 0 torch has no fused kernel on the CPU; blocks
+    of queries are then computed one after the other, and again in the backward pass. Every released model has 0.
     """
-    length = query.shape[2]
-    options = {"scaling": scaling, "dropout": dropout}
-    if bias.attention_mask is None:
-        return _whole_sequences(query, key, value, bias, **options), None
-    # TRAP: under finfo.min everywhere, the CPU kernel's backward loses log(length) in its statistics and returns
-    # gradients `length` times too large; sequences without a valid token therefore take the loop below.
-    if length <= DENSE_LENGTH and not bias.has_empty_rows:
-        return _sdpa(query, key, value, bias.dense, **options), None
-    rows = []
-    for row, span in enumerate(bias.spans):
-        sequence = query[row : row + 1], key[row : row + 1], value[row : row + 1]
-        if span is None:
-            rows.append(_blockwise(*sequence, bias, padding=~bias.attention_mask[row], **options))
-        elif span[0] == span[1]:  # no valid token: uniform attention over all positions
-            rows.append(sequence[2].mean(dim=2, keepdim=True).expand_as(sequence[2]))
-        else:
-            rows.append(_whole_sequences(*sequence, bias, span=span, **options))
-    return torch.cat(rows), None
+    if torch.compiler.is_exporting():
+        additive = _dense_bias(sequences)
+        query, key, value = (_heads_first(x, sequences) for x in (query, key, value))
+        return _tokens_first(_sdpa(query, key, value, additive, scaling=scaling, dropout=dropout), sequences), None
+    if sequences.cu_seqlens is not None and query.device.type == "cpu" and not dropout:
+        context, _ = alibi_attention(
+            query, key, value, sequences.slopes, sequences.cu_seqlens, scaling, sequences.sparse
+        )
+        return context, None
+    query, key, value = (_heads_first(x, sequences) for x in (query, key, value))
+    if sequences.cu_seqlens is not None and sequences.length <= DENSE_LENGTH:
+        context = _sdpa(query, key, value, _dense_bias(sequences), scaling=scaling, dropout=dropout)
+    else:
+        context = _row_by_row(query, key, value, sequences, scaling=scaling, dropout=dropout)
+    return _tokens_first(context, sequences), None
 
 
 def _sdpa(query, key, value, additive, *, scaling, dropout):
@@ -151,33 +121,39 @@ def _sdpa(query, key, value, additive, *, scaling, dropout):
     )
 
 
-def _whole_sequences(query, key, value, bias, *, span=None, **options):
-    """All queries against the keys of `span`, [start, stop), or against all keys."""
-    start, stop = span or (0, bias.length)
-    key, value = key[:, :, start:stop], value[:, :, start:stop]
-    if query.device.type == "cpu" and not options["dropout"]:
-        # Slicing the key axis of the Hankel view moves its origin: still a view, still exact.
-        return _sdpa(query.flip(2), key, value, bias.hankel[..., start:stop], **options).flip(2)
-    return _blockwise(query, key, value, bias, span=(start, stop), **options)
+def _row_by_row(query, key, value, sequences, **options):
+    """One sequence of a padded batch at a time."""
+    hankel = alibi_hankel(sequences.slopes, sequences.length)
+    rows = []
+    for row in range(sequences.batch):
+        valid = sequences.attention_mask[row] if sequences.attention_mask is not None else None
+        sequence = query[row : row + 1], key[row : row + 1], value[row : row + 1]
+        if valid is not None and not valid.any():
+            # TRAP: under finfo.min everywhere, the CPU kernel's backward loses log(length) in its statistics and
+            # returns gradients `length` times too large. Uniform attention is the mean of the values.
+            rows.append(sequence[2].mean(dim=2, keepdim=True).expand_as(sequence[2]))
+        else:
+            rows.append(_blockwise(*sequence, hankel, padding=None if valid is None else ~valid, **options))
+    return torch.cat(rows) if rows else torch.zeros_like(query)
 
 
-def _blockwise(query, key, value, bias, *, padding=None, span=None, **options):
-    """Blocks of queries, each with its own slice of the bias; recomputed in backward so that none is kept.
+def _blockwise(query, key, value, hankel, *, padding=None, **options):
+    """Blocks of queries of one sequence, each with its own slice of the bias; recomputed in the backward pass.
 
-    `padding` is a `(length,) bool` mask of the keys to leave out of one sequence whose valid tokens have holes.
+    `padding` is `(length,) bool`, the keys to leave out.
     """
-    start, stop = span or (0, bias.length)
+    length = query.shape[2]
 
     def block(first: int, last: int, query, key, value):
-        reversed_block = bias.hankel[:, :, bias.length - last : bias.length - first, start:stop]
-        additive = reversed_block.flip(2)
+        additive = hankel[:, :, length - last : length - first].flip(2)
         if padding is not None:
             additive = additive.masked_fill(padding, torch.finfo(additive.dtype).min)
         return _sdpa(query, key, value, additive, **options)
 
+    size = max(16, BLOCK_SCORES // (query.shape[1] * length))
     blocks = []
-    for first in range(0, bias.length, QUERY_BLOCK):
-        last = min(first + QUERY_BLOCK, bias.length)
+    for first in range(0, length, size):
+        last = min(first + size, length)
         arguments = (first, last, query[:, :, first:last], key, value)
         if torch.is_grad_enabled() and query.requires_grad:
             blocks.append(checkpoint(block, *arguments, use_reentrant=False))
@@ -186,5 +162,112 @@ def _blockwise(query, key, value, bias, *, padding=None, span=None, **options):
     return torch.cat(blocks, dim=2)
 
 
-ATTENTION_FUNCTIONS: dict[str, Callable] = {"eager": eager_attention, "sdpa": sdpa_attention}
+def flex_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: Sequences,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, None]:
+    """torch's flex_attention over packed tokens; blocks that are proven negligible are not visited.
+
+    Same arguments and context as `eager_attention`. A batch that could not be packed takes the `sdpa` path.
+
+    Raises:
+        ValueError: dropout > 0, which flex_attention does not have; gradients on the CPU, where torch has none for it.
+    """
+    if dropout:
+        raise ValueError(
+            f"flex_attention has no dropout and attention_probs_dropout_prob is {dropout}: use sdpa or eager."
+        )
+    if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
+        raise ValueError("flex_attention is forward only on the CPU: train with sdpa, or under torch.no_grad().")
+    if sequences.cu_seqlens is None:
+        return sdpa_attention(query, key, value, sequences, scaling=scaling)
+    from torch.nn.attention.flex_attention import flex_attention as uncompiled
+    from transformers.integrations.flex_attention import compile_friendly_flex_attention
+
+    slopes = sequences.slopes
+    documents = torch.repeat_interleave(sequences.cu_seqlens.diff()).to(query.device)
+
+    def alibi(score, batch, head, row, column):
+        return score - slopes[head] * (row - column).abs()
+
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    mask = _flex_block_mask(query, key, sequences, documents, scaling=scaling)
+    function = compile_friendly_flex_attention if query.device.type == "cuda" else uncompiled
+    query, key, value = query[None], key[None], value[None]
+    context = function(query, key, value, score_mod=alibi, block_mask=mask, scale=scaling)
+    return context[0].transpose(0, 1), None
+
+
+@torch.no_grad()
+def _flex_block_mask(query, key, sequences, documents, *, scaling):
+    """BlockMask of the pairs inside one sequence, without the blocks beyond the proven window of their head."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    heads, tokens, _ = query.shape
+    blocks = -(-tokens // _FLEX_BLOCK)
+    first = torch.arange(blocks, device=query.device) * _FLEX_BLOCK
+    last = (first + _FLEX_BLOCK).clamp(max=tokens) - 1
+    # Documents ascend with the rows, so two blocks share one if their ranges overlap.
+    keep = (documents[first][:, None] <= documents[last]) & (documents[last][:, None] >= documents[first])
+    keep = keep.expand(heads, blocks, blocks)
+    if sequences.sparse:
+        window = window_bound(
+            query, key, sequences.slopes, scaling=scaling, block=_FLEX_BLOCK, dtype=query.dtype, documents=documents
+        )
+        distance = torch.maximum(first[None, :] - last[:, None], first[:, None] - last[None, :])
+        keep = keep & (distance <= window[:, :, None])
+
+    def same_document(batch, head, row, column):
+        return documents[row] == documents[column]
+
+    return BlockMask.from_kv_blocks(
+        keep.sum(dim=-1, dtype=torch.int32)[None],
+        keep.int().argsort(dim=-1, descending=True, stable=True).int()[None],
+        BLOCK_SIZE=_FLEX_BLOCK,
+        mask_mod=same_document,
+        seq_lengths=(tokens, tokens),
+    )
+
+
+def flash_attention_2(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: Sequences,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, None]:
+    """FlashAttention over packed tokens with `alibi_slopes`, from the package flash-attn (CUDA, half precision).
+
+    Same arguments and context as `eager_attention`. A batch that could not be packed takes the `sdpa` path.
+
+    Raises:
+        ImportError: The package is not installed.
+    """
+    if sequences.cu_seqlens is None:
+        return sdpa_attention(query, key, value, sequences, scaling=scaling, dropout=dropout)
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise ImportError("flash_attention_2 needs the package flash-attn: pip install flash-attn") from error
+    offsets = sequences.cu_seqlens.to(device=query.device, dtype=torch.int32)
+    context = flash_attn_varlen_func(
+        query, key, value, offsets, offsets, sequences.length, sequences.length,
+        dropout_p=dropout, softmax_scale=scaling, causal=False, alibi_slopes=sequences.slopes,
+    )  # fmt: skip
+    return context, None
+
+
+ATTENTION_FUNCTIONS: dict[str, Callable] = {
+    "eager": eager_attention,
+    "sdpa": sdpa_attention,
+    "flex_attention": flex_attention,
+    "flash_attention_2": flash_attention_2,
+}
 """Values of `attn_implementation` and what computes them."""

@@ -62,6 +62,7 @@ class JinaBertConfig(PreTrainedConfig):
         layer_norm_eps: Epsilon of every LayerNorm.
         sparse_prediction: If True, `JinaBertForMaskedLM` called with labels computes (and returns) logits at the
             labelled positions only: `(labelled, vocab_size)` instead of `(batch, length, vocab_size)`.
+        sparse_attention: Leave out of attention what is proven to be below the rounding of the dtype (`sparsity.py`).
         position_embedding_type: "alibi"; kept because the published config.json files carry it.
         emb_pooler: "mean"; kept because the published config.json files carry it.
         model_max_length: Maximum length in tokens that `encode` truncates to when the tokenizer states none.
@@ -87,6 +88,7 @@ class JinaBertConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     sparse_prediction: bool = False
+    sparse_attention: bool = True
     position_embedding_type: Literal["alibi"] = "alibi"
     emb_pooler: Literal["mean"] | None = "mean"
     model_max_length: int = 8192

@@ -1,0 +1,93 @@
+"""Padded batch <-> packed tokens: the layers work on real tokens only.
+
+Law: packing changes no number at a valid token. The tokens of a batch stand one after the other, sequence s being rows
+[cu_seqlens[s], cu_seqlens[s + 1]), so the linear layers see no padding and attention runs inside each sequence.
+
+Only right padding is packed (what tokenizers write). A batch with padding elsewhere, or with a sequence of nothing but
+padding, stays padded: position 0, which the pooler reads, is a padding token there, and the official code gives it a
+value of its own.
+"""
+
+import torch
+
+
+class Sequences:
+    """Where the sequences of one forward pass are, and the ALiBi slopes; shared by all layers.
+
+    Attributes:
+        slopes: `(heads,) float32`, float64 for a float64 model.
+        attention_mask: `(batch, length) bool`, or None when every position is a token.
+        cu_seqlens: `(batch + 1,) int64` on the CPU, first packed row of each sequence; None when there is padding
+            that is not packed away, and attention has to mask it.
+        is_flat: Whether the layers see `(tokens, hidden)`; otherwise `(batch, length, hidden)`.
+        batch: Sequences in the batch.
+        length: Positions of the padded batch.
+        sparse: Whether attention may leave out what is proven to be below rounding.
+
+    Args:
+        slopes: One Python float a head.
+        attention_mask: `(batch, length)`, non-zero at valid tokens, or None.
+        batch: Sequences in the batch.
+        length: Positions of the padded batch.
+        dtype: Dtype of the hidden states.
+        device: Device of the hidden states.
+        pack: False keeps the shape of the padded batch.
+        sparse: See the attribute.
+    """
+
+    def __init__(
+        self,
+        slopes: tuple[float, ...],
+        attention_mask: torch.Tensor | None,
+        batch: int,
+        length: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        pack: bool = True,
+        sparse: bool = True,
+    ):
+        # NOTE: bfloat16 cannot even count to 512; the bias stays in float32 under half precision and autocast.
+        bias_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.slopes = torch.tensor(slopes, dtype=bias_dtype, device=device)
+        self.batch, self.length, self.sparse = batch, length, sparse
+        self.attention_mask = attention_mask.bool() if attention_mask is not None else None
+        self.cu_seqlens: torch.Tensor | None = None
+        self._indices: torch.Tensor | None = None  # of the tokens among the flattened positions
+        if torch.compiler.is_exporting():
+            # What follows looks at the values of the mask; an exported graph serves every mask.
+            pass
+        elif self.attention_mask is None or (batch * length and bool(self.attention_mask.all())):
+            self.attention_mask = None
+            self.cu_seqlens = torch.arange(batch + 1) * length
+        elif pack:
+            self._pack_right_padding(self.attention_mask)
+        self.is_flat = self.cu_seqlens is not None and pack
+
+    def _pack_right_padding(self, attention_mask: torch.Tensor):
+        lengths = attention_mask.sum(dim=1)
+        positions = torch.arange(self.length, device=attention_mask.device)
+        if (attention_mask == (positions < lengths[:, None])).all() and (lengths > 0).all():
+            self.cu_seqlens = torch.zeros(self.batch + 1, dtype=torch.int64)
+            self.cu_seqlens[1:] = lengths.cumsum(0)
+            self._indices = attention_mask.flatten().nonzero().squeeze(1)
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """`(batch, length, ...)` -> what the layers see: `(tokens, ...)` if `is_flat`, else unchanged."""
+        return self.unpad(padded) if self.is_flat else padded
+
+    def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The way back, `(batch, length, ...)`, zero at padding that was packed away."""
+        return self.pad(hidden_states) if self.is_flat else hidden_states
+
+    def pad(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(tokens, ...)` in packed order -> `(batch, length, ...)`, zero at padding."""
+        if self._indices is not None:
+            padded = tokens.new_zeros(self.batch * self.length, *tokens.shape[1:])
+            tokens = padded.index_copy(0, self._indices, tokens)
+        return tokens.unflatten(0, (self.batch, self.length))
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """`(batch, length, ...)` -> `(tokens, ...)` in packed order."""
+        flat = padded.flatten(0, 1)
+        return flat if self._indices is None else flat[self._indices]
