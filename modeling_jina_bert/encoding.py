@@ -1,11 +1,14 @@
 """`encode`: text -> token ids -> hidden states -> one vector a text (masked mean over the tokens).
 
-Law: the vector of a text does not depend on the batch it was computed in. Batches are filled by a budget of tokens,
-padding included, from texts sorted by token length, so one long text does not make a batch of short ones expensive.
+Law: the vector of a text does not depend on the batch it was computed in. Batches are filled by a budget of tokens from
+texts sorted by token length, and packed: no padding is computed. The next texts are tokenised while these are embedded.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +16,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from .packing import Sequences
+
 logger = logging.getLogger(__name__)
 
 _OUTPUT_VALUES = ("sentence_embedding", "token_embeddings")
-_TOKENIZER_CHUNK = 1024  # texts tokenised in one call
+_WINDOW = 2048  # texts tokenised in one call, and sorted by length among themselves
 
 
 def mean_pooling(token_embeddings: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -43,7 +48,7 @@ def token_budget_batches(lengths: Sequence[int], *, batch_size: int, max_tokens:
     Args:
         lengths: Tokens of each text.
         batch_size: Texts in a batch at most.
-        max_tokens: Tokens in a batch at most, padding included; a single text may be longer.
+        max_tokens: Tokens in a batch at most; a single text may be longer.
 
     Yields:
         Lists of indices; texts of a batch are neighbours in length.
@@ -53,12 +58,13 @@ def token_budget_batches(lengths: Sequence[int], *, batch_size: int, max_tokens:
         [[1], [3, 0], [2]]
     """
     batch: list[int] = []
+    tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batch[0]] if batch else lengths[index]
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest > max_tokens):
+        if batch and (len(batch) == batch_size or tokens + lengths[index] > max_tokens):
             yield batch
-            batch = []
+            batch, tokens = [], 0
         batch.append(index)
+        tokens += lengths[index]
     if batch:
         yield batch
 
@@ -106,14 +112,14 @@ class EncodeMixin(_PreTrainedModel):
         Args:
             sentences: One text or a list of texts, empty strings included.
             batch_size: Texts in a batch at most.
-            show_progress_bar: Progress in tokens; None shows it when the log level is INFO or lower.
+            show_progress_bar: Progress in texts; None shows it when the log level is INFO or lower.
             output_value: "sentence_embedding", or "token_embeddings" for the hidden states of each text.
             convert_to_numpy: Return a numpy array (False: a list of tensors).
             convert_to_tensor: Return one tensor; wins over `convert_to_numpy`.
             device: Moves the model there first.
             normalize_embeddings: Scale each embedding to length 1, after `truncate_dim`.
             truncate_dim: Keep the first dimensions only.
-            max_tokens_per_batch: Tokens of a batch at most, padding included.
+            max_tokens_per_batch: Tokens of a batch at most; a longer text is a batch of its own.
             **tokenizer_kwargs: For the tokenizer. `max_length` is the tokenizer's `model_max_length` (8192 in the
                 released models) by default; texts beyond are truncated with one warning, or embedded whole under
                 `truncation=False`.
@@ -129,22 +135,35 @@ class EncodeMixin(_PreTrainedModel):
         self._check_encode_arguments(sentences, output_value, truncate_dim)
         if device is not None:
             self.to(device)
-        encodings = self._tokenize(sentences, **tokenizer_kwargs)
-        lengths = [len(ids) for ids in encodings["input_ids"]]
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
+        tokenize = self._tokenize_function(**tokenizer_kwargs)
 
-        results: list[torch.Tensor] = [torch.empty(0)] * len(sentences)
+        results: list[torch.Tensor] = []
+        cut_texts = cut_tokens = 0
         was_training = self.training
         self.eval()
         try:
-            with tqdm(total=sum(lengths), unit="token", disable=not show_progress_bar, desc="encode") as progress:
-                for batch in token_budget_batches(lengths, batch_size=batch_size, max_tokens=max_tokens_per_batch):
-                    for index, result in zip(batch, self._encode_batch(encodings, batch, output_value), strict=True):
-                        results[index] = result
-                    progress.update(sum(lengths[index] for index in batch))
+            with tqdm(total=len(sentences), unit="text", disable=not show_progress_bar, desc="encode") as progress:
+                windows = (sentences[start : start + _WINDOW] for start in range(0, len(sentences), _WINDOW))
+                for window in _one_ahead(tokenize, windows):
+                    cut_texts, cut_tokens = cut_texts + window.cut_texts, cut_tokens + window.cut_tokens
+                    of_window: list[torch.Tensor] = [torch.empty(0)] * len(window.lengths)
+                    for batch in token_budget_batches(
+                        window.lengths, batch_size=batch_size, max_tokens=max_tokens_per_batch
+                    ):
+                        for index, result in zip(batch, self._encode_batch(window, batch, output_value), strict=True):
+                            of_window[index] = result
+                        progress.update(len(batch))
+                    results.extend(of_window)
         finally:
             self.train(was_training)
+        if cut_texts:
+            logger.warning(
+                "%d of %d texts are longer than max_length=%d tokens and were truncated; %d tokens are not embedded. "
+                "Pass a larger max_length, or truncation=False, to embed them whole.",
+                cut_texts, len(sentences), self._max_length(tokenizer_kwargs.get("max_length")), cut_tokens,
+            )  # fmt: skip
 
         if output_value == "token_embeddings":
             return results[0] if single else results
@@ -169,46 +188,75 @@ class EncodeMixin(_PreTrainedModel):
         if truncate_dim is not None and not 0 < truncate_dim <= self.config.hidden_size:
             raise ValueError(f"truncate_dim={truncate_dim} is not in 1 ... {self.config.hidden_size} (hidden_size).")
 
-    def _tokenize(
+    def _max_length(self, max_length: int | None) -> int:
+        # Tokenizers without a stated limit carry a huge placeholder.
+        return max_length or min(self.tokenizer.model_max_length, max(self.config.model_max_length, 1))
+
+    def _tokenize_function(
         self,
-        sentences: list[str],
         *,
         truncation: bool = True,
         max_length: int | None = None,
-        padding: bool = True,  # accepted for the official signature; batches are always padded
+        padding: bool = True,  # accepted for the official signature; nothing is padded
         **tokenizer_kwargs,
-    ) -> dict[str, list[list[int]]]:
-        """Token ids (and token types) of every text, unpadded; the texts over `max_length` cut, with one warning."""
-        tokenizer = self.tokenizer
-        if max_length is None:
-            # Tokenizers without a stated limit carry a huge placeholder.
-            max_length = min(tokenizer.model_max_length, max(self.config.model_max_length, 1))
-        columns: dict[str, list[list[int]]] = {"input_ids": []}
+    ) -> Callable[[list[str]], "_Window"]:
+        tokenizer, max_length = self.tokenizer, self._max_length(max_length)
         options = {"return_attention_mask": False, "verbose": False, **tokenizer_kwargs}
-        for start in range(0, len(sentences), _TOKENIZER_CHUNK):
-            encoded = tokenizer(sentences[start : start + _TOKENIZER_CHUNK], truncation=False, **options)
-            for name, values in encoded.items():
-                columns.setdefault(name, []).extend(values)
-        long = [i for i, ids in enumerate(columns["input_ids"]) if len(ids) > max_length] if truncation else []
-        dropped = 0
-        for index in long:
-            shortened = tokenizer(sentences[index], truncation=True, max_length=max_length, **options)
-            dropped += len(columns["input_ids"][index]) - len(shortened["input_ids"])
-            for name in columns:
-                columns[name][index] = shortened[name]
-        if long:
-            logger.warning(
-                "%d of %d texts are longer than max_length=%d tokens and were truncated; %d tokens are not embedded. "
-                "Pass a larger max_length, or truncation=False, to embed them whole.",
-                len(long), len(sentences), max_length, dropped,
-            )  # fmt: skip
-        return columns
 
-    def _encode_batch(self, encodings: dict, batch: list[int], output_value: str) -> list[torch.Tensor]:
-        features = {name: [column[index] for index in batch] for name, column in encodings.items()}
-        inputs = self.tokenizer.pad(features, return_tensors="pt").to(self.device)
-        hidden_states = self(**inputs).last_hidden_state
-        mask = inputs["attention_mask"]
-        if output_value == "token_embeddings":
-            return [states[row.bool()].float() for states, row in zip(hidden_states, mask, strict=True)]
-        return list(mean_pooling(hidden_states, mask))
+        def tokenize(sentences: list[str]) -> _Window:
+            columns = dict(tokenizer(sentences, truncation=False, **options))
+            lengths = [len(ids) for ids in columns["input_ids"]]
+            long = [i for i, length in enumerate(lengths) if length > max_length] if truncation else []
+            cut_tokens = 0
+            for index in long:
+                shortened = tokenizer(sentences[index], truncation=True, max_length=max_length, **options)
+                cut_tokens += lengths[index] - len(shortened["input_ids"])
+                lengths[index] = len(shortened["input_ids"])
+                for name in columns:
+                    columns[name][index] = shortened[name]
+            return _Window(columns, lengths, len(long), cut_tokens)
+
+        return tokenize
+
+    def _encode_batch(self, window: "_Window", batch: list[int], output_value: str) -> list[torch.Tensor]:
+        """Results of one batch, which is packed from the start: no padding is ever made."""
+        lengths = [window.lengths[index] for index in batch]
+        if not min(lengths):  # no token at all, as of an empty text without special tokens
+            return [self._encode_batch(window, [i], output_value)[0] if n else self._nothing(output_value)
+                    for i, n in zip(batch, lengths, strict=True)]  # fmt: skip
+        sequences = Sequences.of_lengths(
+            self.slopes, lengths, dtype=self.dtype, device=self.device, sparse=self.config.sparse_attention
+        )
+        inputs = {
+            name: torch.tensor([token for index in batch for token in window.columns[name][index]], device=self.device)
+            for name in ("input_ids", "token_type_ids")
+            if name in window.columns
+        }
+        hidden_states = self._hidden_states(sequences, **inputs).float().split(lengths)
+        return list(hidden_states) if output_value == "token_embeddings" else [x.mean(dim=0) for x in hidden_states]
+
+    def _nothing(self, output_value: str) -> torch.Tensor:
+        shape = (0, self.config.hidden_size) if output_value == "token_embeddings" else (self.config.hidden_size,)
+        return torch.zeros(shape, device=self.device)
+
+
+@dataclass
+class _Window:
+    """Tokenised texts: token ids (and token types) unpadded, tokens of each text, and what truncation took."""
+
+    columns: dict[str, list[list[int]]]
+    lengths: list[int]
+    cut_texts: int
+    cut_tokens: int
+
+
+def _one_ahead(function: Callable, items: Iterable) -> Iterator:
+    """Results of `function` in order, the next one being computed while the caller works on this one."""
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        pending = deque[Future]()
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -32,7 +32,7 @@ def masks() -> dict[str, torch.Tensor | None]:
 
 def layout(heads: int, mask: torch.Tensor | None, batch: int = 3, length: int = LENGTH, **options) -> Sequences:
     options = {"dtype": torch.float64, "device": torch.device("cpu"), **options}
-    return Sequences(alibi_slopes(heads), mask, batch, length, **options)
+    return Sequences.of_batch(alibi_slopes(heads), mask, batch, length, **options)
 
 
 def compare(

@@ -1,6 +1,7 @@
 """`encode`: batch equals single, order and padding do not matter, bad input is named, truncation is said once."""
 
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -40,6 +41,40 @@ def test_padding_side_does_not_matter(model, tokenizer):
         vectors.append(model.encode(TEXTS))
     tokenizer.padding_side = side
     np.testing.assert_allclose(*vectors, atol=2e-6)
+
+
+def test_texts_beyond_one_tokenizer_window(model, monkeypatch):
+    """Windows are tokenised ahead of the forward pass; order and truncation counts survive them."""
+    expected = model.encode(TEXTS, max_length=32)
+    monkeypatch.setattr(sys.modules[type(model).encode.__module__], "_WINDOW", 3)
+    np.testing.assert_allclose(model.encode(TEXTS, max_length=32), expected, atol=2e-6)
+
+
+def test_an_error_of_the_tokenizer_reaches_the_caller(model):
+    with pytest.raises(ValueError, match="activate truncation"):
+        model.encode(TEXTS, return_tensors="pt")
+
+
+def test_texts_without_any_token_are_zero(model):
+    vectors = model.encode(["", "two words", ""], add_special_tokens=False)
+    assert not vectors[[0, 2]].any()
+    np.testing.assert_allclose(vectors[1], model.encode("two words", add_special_tokens=False), atol=2e-6)
+    assert model.encode("", add_special_tokens=False, output_value="token_embeddings").shape == (0, 64)
+
+
+def test_half_precision_without_instructions_for_it_is_said(model, caplog, monkeypatch):
+    module = sys.modules[type(model).__module__]
+    half = JinaBertModel(tiny_config(vocab_size=100, num_hidden_layers=1)).to(torch.bfloat16)
+    for supported, warnings in ((False, 1), (True, 0)):
+        caplog.clear()
+        module.warn_if_emulated.cache_clear()
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        with caplog.at_level(logging.WARNING):
+            half(torch.tensor([[1, 2]]))
+            half(torch.tensor([[1, 2]]))
+            model.encode("float32")
+        assert len(caplog.records) == warnings
+    module.warn_if_emulated.cache_clear()
 
 
 def test_shapes_and_types(model):
@@ -113,4 +148,4 @@ def test_batches_respect_the_budget():
     assert batches[0] == [7]  # longer than the budget: alone
     for batch in batches[1:]:
         assert len(batch) <= 3
-        assert len(batch) * max(lengths[i] for i in batch) <= 1000
+        assert sum(lengths[i] for i in batch) <= 1000

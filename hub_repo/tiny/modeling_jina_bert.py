@@ -5,6 +5,8 @@ the published files. No buffer exists at all, so nothing grows with `max_positio
 transformers builds the model on the meta device.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Literal
 
@@ -35,10 +37,27 @@ from .configuration_jina_bert import JinaBertConfig
 from .encoding import EncodeMixin
 from .packing import Sequences
 
+logger = logging.getLogger(__name__)
+
 MLP_BLOCK_BYTES = 2**24
 """Bytes of the widest intermediate of an MLP that is held at a time in inference on the CPU: about a last-level cache."""
 LOGITS_BLOCK = 512
 """Labelled positions whose logits exist at a time in the training loss."""
+
+
+@functools.cache
+def warn_if_emulated(dtype: torch.dtype, device: torch.device):
+    """Logs one warning if the CPU has no instructions for this half precision and computes it 10 to 100 times slower."""
+    supported = {
+        torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
+        torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
+    }.get(dtype)
+    if device.type == "cpu" and supported is not None and not supported():
+        logger.warning(
+            "This CPU has no instructions for %s: float32 is many times faster. Load the model with "
+            "dtype=torch.float32, or call model.float().",
+            dtype,
+        )
 
 
 class JinaBertEmbeddings(nn.Module):
@@ -282,6 +301,21 @@ class JinaBertModel(EncodeMixin, JinaBertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
+    def _hidden_states(
+        self,
+        sequences: Sequences,
+        input_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        *,
+        output_attentions: bool = False,
+    ) -> torch.Tensor:
+        """Embeddings and encoder, in the shape that `sequences` has the layers see."""
+        if not torch.compiler.is_compiling():
+            warn_if_emulated(self.dtype, sequences.slopes.device)
+        hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
+        return self.encoder(hidden_states, sequences, output_attentions=output_attentions).last_hidden_state
+
     def _records_layers(self, kwargs: dict) -> bool:
         """Whether outputs of single layers are asked for: they have the shape of the batch, so it is not packed."""
         wanted = (kwargs.get(x, getattr(self.config, x, None)) for x in ("output_hidden_states", "output_attentions"))
@@ -323,8 +357,7 @@ class JinaBertModel(EncodeMixin, JinaBertPreTrainedModel):
             raise ValueError(
                 f"attention_mask has the shape {tuple(attention_mask.shape)}, expected {(batch, length)}."
             )
-        output_attentions = bool(kwargs.get("output_attentions"))
-        sequences = Sequences(
+        sequences = Sequences.of_batch(
             self.slopes,
             attention_mask,
             batch,
@@ -334,10 +367,8 @@ class JinaBertModel(EncodeMixin, JinaBertPreTrainedModel):
             pack=not self._records_layers(kwargs),
             sparse=self.config.sparse_attention,
         )
-        inputs = (sequences.pack(x) if x is not None else None for x in (input_ids, token_type_ids, inputs_embeds))
-        hidden_states = self.encoder(
-            self.embeddings(*inputs), sequences, output_attentions=output_attentions
-        ).last_hidden_state
+        inputs = [sequences.pack(x) if x is not None else None for x in (input_ids, token_type_ids, inputs_embeds)]
+        hidden_states = self._hidden_states(sequences, *inputs, output_attentions=bool(kwargs.get("output_attentions")))
         hidden_states = sequences.unpack(hidden_states)
         pooled = self.pooler(hidden_states) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)

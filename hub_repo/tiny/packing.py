@@ -24,19 +24,23 @@ class Sequences:
         length: Positions of the padded batch.
         sparse: Whether attention may leave out what is proven to be below rounding.
 
-    Args:
-        slopes: One Python float a head.
-        attention_mask: `(batch, length)`, non-zero at valid tokens, or None.
-        batch: Sequences in the batch.
-        length: Positions of the padded batch.
-        dtype: Dtype of the hidden states.
-        device: Device of the hidden states.
-        pack: False keeps the shape of the padded batch.
-        sparse: See the attribute.
+    Use `of_batch` or `of_lengths`.
     """
 
-    def __init__(
-        self,
+    def __init__(self, slopes: tuple[float, ...], *, dtype: torch.dtype, device: torch.device, sparse: bool):
+        # NOTE: bfloat16 cannot even count to 512; the bias stays in float32 under half precision and autocast.
+        bias_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.slopes = torch.tensor(slopes, dtype=bias_dtype, device=device)
+        self.sparse = sparse
+        self.batch = self.length = 0
+        self.is_flat = False
+        self.attention_mask: torch.Tensor | None = None
+        self.cu_seqlens: torch.Tensor | None = None
+        self._indices: torch.Tensor | None = None  # of the tokens among the flattened positions
+
+    @classmethod
+    def of_batch(
+        cls,
         slopes: tuple[float, ...],
         attention_mask: torch.Tensor | None,
         batch: int,
@@ -46,30 +50,52 @@ class Sequences:
         device: torch.device,
         pack: bool = True,
         sparse: bool = True,
-    ):
-        # NOTE: bfloat16 cannot even count to 512; the bias stays in float32 under half precision and autocast.
-        bias_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.slopes = torch.tensor(slopes, dtype=bias_dtype, device=device)
-        self.batch, self.length, self.sparse = batch, length, sparse
+    ) -> "Sequences":
+        """Sequences of a padded batch.
+
+        Args:
+            slopes: One Python float a head.
+            attention_mask: `(batch, length)`, non-zero at valid tokens, or None.
+            batch: Sequences in the batch.
+            length: Positions of the padded batch.
+            dtype: Dtype of the hidden states.
+            device: Device of the hidden states.
+            pack: False keeps the shape of the padded batch.
+            sparse: See the attribute.
+        """
+        self = cls(slopes, dtype=dtype, device=device, sparse=sparse)
+        self.batch, self.length = batch, length
         self.attention_mask = attention_mask.bool() if attention_mask is not None else None
-        self.cu_seqlens: torch.Tensor | None = None
-        self._indices: torch.Tensor | None = None  # of the tokens among the flattened positions
         if torch.compiler.is_exporting():
             # What follows looks at the values of the mask; an exported graph serves every mask.
-            pass
-        elif self.attention_mask is None or (batch * length and bool(self.attention_mask.all())):
+            return self
+        if self.attention_mask is None or bool(self.attention_mask.all()):
             self.attention_mask = None
             self.cu_seqlens = torch.arange(batch + 1) * length
         elif pack:
             self._pack_right_padding(self.attention_mask)
         self.is_flat = self.cu_seqlens is not None and pack
+        return self
+
+    @classmethod
+    def of_lengths(
+        cls, slopes: tuple[float, ...], lengths: list[int], *, dtype: torch.dtype, device: torch.device, sparse: bool
+    ) -> "Sequences":
+        """Sequences whose tokens are packed already; `lengths` in tokens, each at least 1."""
+        self = cls(slopes, dtype=dtype, device=device, sparse=sparse)
+        self.batch, self.length, self.is_flat = len(lengths), max(lengths), True
+        sizes = torch.tensor(lengths)
+        self.cu_seqlens = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+        if min(lengths) < self.length:
+            self.attention_mask = (torch.arange(self.length) < sizes[:, None]).to(device)
+            self._indices = self.attention_mask.flatten().nonzero().squeeze(1)
+        return self
 
     def _pack_right_padding(self, attention_mask: torch.Tensor):
         lengths = attention_mask.sum(dim=1)
         positions = torch.arange(self.length, device=attention_mask.device)
         if (attention_mask == (positions < lengths[:, None])).all() and (lengths > 0).all():
-            self.cu_seqlens = torch.zeros(self.batch + 1, dtype=torch.int64)
-            self.cu_seqlens[1:] = lengths.cumsum(0)
+            self.cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0).cpu(), (1, 0))
             self._indices = attention_mask.flatten().nonzero().squeeze(1)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
