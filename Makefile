@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The CPU build of torch; a range would pull gigabytes of CUDA. An already installed torch is kept.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint card clean
+.PHONY: demo test lint benchmark clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,13 @@ demo: $(VENV)/.demo  ## embed and search the shipped library with the shipped mo
 
 test: $(VENV)/.test  ## the test suite: CPU only, offline
 	$(BIN)/python -m pytest
+
+$(VENV)/.benchmarks: pyproject.toml | $(VENV)/.demo
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[benchmarks]"
+	touch $@
+
+benchmark: $(VENV)/.benchmarks  ## speed and memory beside onnxruntime, OpenVINO and plain BERT (tens of minutes)
+	$(BIN)/python -m benchmarks.speed --shape small --resume
 
 lint: $(VENV)/.test  ## linters and type checks
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """`encode`: text -> token ids -> hidden states -> one vector a text (masked mean over the tokens).
 
-Law: the vector of a text does not depend on the batch it was computed in. Batches are filled by a budget of tokens from
-texts sorted by token length, and packed: no padding is computed. The next texts are tokenised while these are embedded.
+Law: the vector of a text does not depend on the batch it was computed in. Batches are filled by a budget of tokens
+from texts sorted by token length, and packed: no padding is computed. The next texts are tokenised meanwhile.
 """
 
 import logging

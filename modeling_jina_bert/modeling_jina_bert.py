@@ -40,14 +40,14 @@ from .packing import Sequences
 logger = logging.getLogger(__name__)
 
 MLP_BLOCK_BYTES = 2**24
-"""Bytes of the widest intermediate of an MLP that is held at a time in inference on the CPU: about a last-level cache."""
+"""Bytes of the widest intermediate of an MLP held at a time in inference on the CPU: about a last-level cache."""
 LOGITS_BLOCK = 512
 """Labelled positions whose logits exist at a time in the training loss."""
 
 
 @functools.cache
 def warn_if_emulated(dtype: torch.dtype, device: torch.device):
-    """Logs one warning if the CPU has no instructions for this half precision and computes it 10 to 100 times slower."""
+    """Logs one warning if the CPU has no instructions for this half precision and emulates it, far slower."""
     supported = {
         torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
         torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
@@ -341,8 +341,9 @@ class JinaBertModel(EncodeMixin, JinaBertPreTrainedModel):
             **kwargs: `output_hidden_states`, `output_attentions` (computed by the eager path), `return_dict`.
 
         Returns:
-            `last_hidden_state` `(batch, length, hidden)`, zero at padding that was packed away, `pooler_output` `(batch, hidden)` or None, and on request
-            `hidden_states` (layers + 1) and `attentions` (layers) of `(batch, heads, length, length)`.
+            `last_hidden_state` `(batch, length, hidden)`, zero at padding that was packed away, `pooler_output`
+            `(batch, hidden)` or None, and on request `hidden_states` (layers + 1) and `attentions` (layers) of
+            `(batch, heads, length, length)`.
 
         Raises:
             ValueError: Neither or both inputs; a mask that is not `(batch, length)`; position_ids.
@@ -368,7 +369,9 @@ class JinaBertModel(EncodeMixin, JinaBertPreTrainedModel):
             sparse=self.config.sparse_attention,
         )
         inputs = [sequences.pack(x) if x is not None else None for x in (input_ids, token_type_ids, inputs_embeds)]
-        hidden_states = self._hidden_states(sequences, *inputs, output_attentions=bool(kwargs.get("output_attentions")))
+        hidden_states = self._hidden_states(
+            sequences, *inputs, output_attentions=bool(kwargs.get("output_attentions"))
+        )
         hidden_states = sequences.unpack(hidden_states)
         pooled = self.pooler(hidden_states) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
@@ -461,12 +464,13 @@ class JinaBertForMaskedLM(JinaBertPreTrainedModel):
             labelled = labels != -100
             hidden_states, labels = hidden_states[labelled], labels[labelled]
             if self.training:
-                loss = self._loss_without_logits(hidden_states, labels, num_items_in_batch)
                 return MaskedLMOutput(
-                    loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+                    loss=self._loss_without_logits(hidden_states, labels, num_items_in_batch),
+                    hidden_states=outputs.hidden_states,
+                    attentions=outputs.attentions,
                 )
         logits = self.cls(hidden_states)
-        loss = None
+        loss: torch.Tensor | None = None
         if labels is not None:
             # Half precision is widened for the softmax; float32 and float64 stay as they are.
             scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -479,7 +483,6 @@ class JinaBertForMaskedLM(JinaBertPreTrainedModel):
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
 
     def _loss_without_logits(
         self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None

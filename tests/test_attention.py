@@ -4,14 +4,16 @@ The eager implementation is held against the official code in test_golden.py.
 """
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import REPOSITORY, tiny_config
 
-from modeling_jina_bert import JinaBertModel, alibi_slopes
+from modeling_jina_bert import JinaBertModel, alibi_slopes, cpu_attention
 from modeling_jina_bert import attention as attention_module
-from modeling_jina_bert import cpu_attention
 from modeling_jina_bert.attention import ATTENTION_FUNCTIONS, eager_attention, sdpa_attention
 from modeling_jina_bert.packing import Sequences
 
@@ -191,6 +193,43 @@ def test_memory_is_linear_in_the_length(monkeypatch, kind, training):
         assert long < 4096 * 4096
     else:  # blocks of queries of a fixed number of scores
         assert long <= max(4.2 * short, 8 * attention_module.BLOCK_SCORES)
+
+
+PEAK_MEMORY = """
+import sys
+import torch
+from modeling_jina_bert import JinaBertConfig, JinaBertModel
+
+def status(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+
+torch.set_num_threads(2)
+model = JinaBertModel(JinaBertConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072,
+                                     num_hidden_layers=2, initializer_range=0.05)).eval()
+with torch.no_grad():
+    model(torch.randint(5, 30000, (1, 64)))  # whatever is allocated once
+    for length in map(int, sys.argv[1:]):
+        ids = torch.randint(5, 30000, (1, length))
+        before = status("VmRSS")
+        open("/proc/self/clear_refs", "w").write("5")
+        model(ids)
+        print(length, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
+def test_peak_memory_of_the_process_at_base_width():
+    """8192 tokens: at most 450 MB above the loaded model, in float32 (bfloat16 has half of the hidden states)."""
+    process = subprocess.run(
+        [sys.executable, "-c", PEAK_MEMORY, "2048", "8192"], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert process.returncode == 0, process.stderr
+    peaks = {int(length): int(peak) for length, peak in map(str.split, process.stdout.splitlines())}
+    hidden_states = 8192 * 768 * 4
+    assert hidden_states < peaks[8192] < 450e6
+    assert peaks[8192] < 4.4 * max(peaks[2048], hidden_states)
 
 
 def test_the_memory_test_sees_a_quadratic_tensor():

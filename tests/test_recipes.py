@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import REPOSITORY, SHIPPED
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer, TrainingArguments
 
+from modeling_jina_bert import JinaBertConfig, JinaBertModel
 from training.recipe import ContrastiveRecipe, MLMRecipe, RecipeError, Source, load_recipe, training_arguments
 from training.sources import check_columns, open_source, sequences
 
@@ -36,6 +38,16 @@ def test_all_sizes_have_all_stages():
     assert {
         f"{s}-{v}" for s in ("tiny", "small", "base", "large") for v in ("mlm", "pairs", "hard-negatives")
     } <= names
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"), [("small", 32_690_688), ("base", 137_368_320), ("large", 435_188_736)]
+)
+def test_the_recipes_have_the_papers_shapes(size, parameters):
+    recipe = load_recipe(MLMRecipe, RECIPES[0].with_name(f"{size}-mlm.yaml"))
+    with torch.device("meta"):
+        model = JinaBertModel(JinaBertConfig(**recipe.model))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize(

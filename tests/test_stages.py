@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from hub_repo.export import export
+from modeling_jina_bert import modeling_jina_bert
 from training import contrastive, mlm
 from training.recipe import ContrastiveRecipe, MLMRecipe, RecipeError, load_recipe
 
@@ -163,10 +164,81 @@ def test_a_finished_run_is_not_overwritten(stages):
         mlm.train(mlm_recipe(stages["root"] / "mlm"))
 
 
-@pytest.mark.parametrize("options", [["training.activation_checkpointing=true"], ["training.bf16=true"]])
-def test_gradient_checkpointing_and_bf16(stages, tmp_path, options):
-    folder = mlm.train(mlm_recipe(tmp_path / "run", "training.max_steps=2", *options))
-    assert not torch.equal(
-        weights(folder)["embeddings.word_embeddings.weight"],
-        weights(stages["mlm"])["embeddings.word_embeddings.weight"],
+def run_stage(stages, stage, output, *overrides):
+    if stage == "mlm":
+        return mlm.train(mlm_recipe(output, *overrides))
+    name, start = {"pairs": ("tiny-pairs", "mlm"), "hard": ("tiny-hard-negatives", "pairs")}[stage]
+    overrides = (*overrides, *(["training.per_device_train_batch_size=4"] if stage == "hard" else []))
+    return contrastive.train(contrastive_recipe(name, stages[start], output, *overrides))
+
+
+def losses(folder) -> list[float]:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+@pytest.mark.parametrize("stage", ["mlm", "pairs", "hard"])
+def test_activation_checkpointing_changes_nothing(stages, tmp_path, stage, monkeypatch):
+    calls = []
+    attention = modeling_jina_bert.JinaBertSelfAttention
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    folder = run_stage(stages, stage, tmp_path / "run", "training.activation_checkpointing=true")
+    with_checkpointing = len(calls)
+    calls.clear()
+    run_stage(stages, stage, tmp_path / "plain")
+    assert with_checkpointing > 1.5 * len(calls) > 0  # the layers ran again in the backward pass
+    expected = weights(stages[stage])
+    for name, tensor in weights(folder).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("stage", ["mlm", "pairs", "hard"])
+def test_bf16_on_the_cpu(stages, tmp_path, stage):
+    run_stage(stages, stage, tmp_path / "run", "training.bf16=true")
+    expected, found = losses(stages["root"] / stage), losses(tmp_path / "run")
+    assert found != expected
+    assert found == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["mlm", "pairs", "hard"])
+def test_bf16_on_a_gpu(stages, tmp_path, stage):
+    run_stage(stages, stage, tmp_path / "run", "training.bf16=true", "training.use_cpu=false")
+    assert losses(tmp_path / "run") == pytest.approx(losses(stages["root"] / stage), rel=0.05)
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+def test_the_full_size_recipes_run(tmp_path, size):
+    """Every recipe as it is, bf16, accumulation and cached loss included; only shape, data and steps shrink."""
+    tiny = [*QUICK, "training.max_steps=1", "training.use_cpu=true", f"data_dir={DATA}", "training.optim=adamw_torch"]
+    backbone = mlm.train(
+        load_recipe(
+            MLMRecipe,
+            RECIPES / f"{size}-mlm.yaml",
+            [
+                *tiny, f"output_dir={tmp_path / 'mlm'}", f"tokenizer={SHIPPED}", "heldout_sequences=2",
+                "sources=[{name: facts, path: corpus.jsonl}]", "heldout=[{name: facts, path: corpus.jsonl}]",
+                "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=4",
+                "model.intermediate_size=48", "training.per_device_train_batch_size=2", "shuffle_buffer=10",
+                "training.gradient_accumulation_steps=2", "training.dataloader_num_workers=0",
+            ],
+        )
+    )  # fmt: skip
+    assert json.loads((backbone / "config.json").read_text())["feed_forward_type"] == (
+        "reglu" if size == "large" else "geglu"
     )
+    model = backbone
+    for stage, file in (("pairs", "pairs"), ("hard-negatives", "triplets")):
+        model = contrastive.train(
+            load_recipe(
+                ContrastiveRecipe,
+                RECIPES / f"{size}-{stage}.yaml",
+                [
+                    *tiny, f"output_dir={tmp_path / stage}", f"model={model}", "mini_batch_size=4",
+                    f"sources=[{{name: facts, path: {file}.jsonl}}]", "training.per_device_train_batch_size=8",
+                    "training.gradient_accumulation_steps=1", "training.dataloader_num_workers=0",
+                ],
+            )
+        )  # fmt: skip
+        assert len(losses(tmp_path / stage)) == 1

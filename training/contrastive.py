@@ -10,11 +10,12 @@ scale.
 
 import fnmatch
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -63,23 +64,40 @@ def load_sources(recipe: ContrastiveRecipe) -> DatasetDict:
 
 
 def _load_source(source: Source, recipe: ContrastiveRecipe, seed: int) -> Dataset:
-    dataset = open_source(source, recipe.data_dir, streaming=False)
+    # A Hub data set is streamed, and no more of it fetched than max_rows; batches need rows in any order, so what
+    # arrives is kept on disk, memory-mapped.
+    dataset = open_source(source, recipe.data_dir, streaming=source.hub is not None)
     columns = {source.anchor: "anchor", source.positive: "positive"}
     negatives = []
     if recipe.num_negatives:
-        negatives = fnmatch.filter(dataset.column_names, source.negatives) or [source.negatives]
+        names = dataset.column_names or list(next(iter(dataset), {}))
+        negatives = fnmatch.filter(names, source.negatives) or [source.negatives]
     check_columns(dataset, source, [*columns, *negatives])
     dataset = dataset.select_columns([*columns, *negatives])
     dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})
-    before = len(dataset)
     dataset = dataset.filter(_is_pair)
+    if isinstance(dataset, IterableDataset):
+        dataset = _to_disk(dataset, recipe.max_rows)
     if not len(dataset):
-        raise RecipeError(f"source {source.name}: all {before} pairs are empty or have anchor == positive.")
+        raise RecipeError(f"source {source.name}: all pairs are empty or have anchor == positive.")
     if recipe.max_rows is not None and len(dataset) > recipe.max_rows:
         dataset = dataset.shuffle(seed=seed).select(range(recipe.max_rows))
     if recipe.num_negatives:
         dataset = _expand_negatives(dataset, negatives, source, recipe, seed)
     return dataset
+
+
+def _to_disk(stream: IterableDataset, max_rows: int | None) -> Dataset:
+    """The first `max_rows` rows of a stream (None: all), as a data set in the cache folder of `datasets`."""
+    taken = stream if max_rows is None else stream.take(max_rows)
+    first = next(iter(taken), None)
+    if first is None:
+        return Dataset.from_list([])
+    return Dataset.from_generator(_rows, gen_kwargs={"stream": taken})
+
+
+def _rows(stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    yield from stream
 
 
 def _is_pair(row: dict[str, Any]) -> bool:
@@ -196,6 +214,12 @@ def train(recipe: ContrastiveRecipe, *, resume: bool | str | None = None) -> Pat
     arguments = training_arguments(SentenceTransformerTrainingArguments, recipe, **options)
     set_seed(arguments.seed)
     model = load_model(recipe)
+    if arguments.activation_checkpointing:
+        # On the encoder itself: sentence-transformers 6.2 passes on only the name that transformers has deprecated.
+        model[0].auto_model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=arguments.activation_checkpointing_kwargs
+        )
+        arguments.activation_checkpointing = False
     check_checkpoint(checkpoint, model[0].auto_model.config)
     datasets = load_sources(recipe)
     trainer = SentenceTransformerTrainer(

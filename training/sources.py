@@ -26,12 +26,16 @@ def open_source(source: Source, data_dir: str, *, streaming: bool) -> Dataset | 
         The data set, all its columns.
 
     Raises:
-        RecipeError: Neither or both of `path` and `hub`; no such file; a file type we do not read; no rows.
+        RecipeError: Neither or both of `path` and `hub`; no such file; a file type we do not read; no rows; a Hub data
+            set that cannot be opened.
     """
     if (source.path is None) == (source.hub is None):
         raise RecipeError(f"source {source.name}: give exactly one of path and hub.")
     if source.hub is not None:
-        return load_dataset(source.hub, source.hub_config, split=source.split, streaming=streaming)
+        try:
+            return load_dataset(source.hub, source.hub_config, split=source.split, streaming=streaming)
+        except (OSError, ValueError) as error:  # no such repository, configuration or split; no connection
+            raise RecipeError(f"source {source.name}: {source.hub}: {error}") from error
     root = Path(data_dir).expanduser()
     files = sorted(root.glob(source.path)) if not Path(source.path).is_absolute() else [Path(source.path)]
     if not files or not all(file.is_file() for file in files):

@@ -15,6 +15,7 @@ head_dim)` for a batch with padding left in it, and return the context in the sh
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,8 +94,8 @@ def sdpa_attention(
 ) -> tuple[torch.Tensor, None]:
     """torch's fused kernels, memory linear in the length.
 
-    Same arguments and context as `eager_attention`. COST: with dropout > 0 torch has no fused kernel on the CPU; blocks
-    of queries are then computed one after the other, and again in the backward pass. Every released model has 0.
+    Same arguments and context as `eager_attention`. COST: with dropout > 0 torch has no fused kernel on the CPU;
+    blocks of queries are then computed one by one, and again in the backward pass. Every released model has 0.
     """
     if torch.compiler.is_exporting():
         additive = _dense_bias(sequences)
@@ -197,7 +198,9 @@ def flex_attention(
 
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     mask = _flex_block_mask(query, key, sequences, documents, scaling=scaling)
-    function = compile_friendly_flex_attention if query.device.type == "cuda" else uncompiled
+    function: Any = uncompiled
+    if query.device.type == "cuda":
+        function = compile_friendly_flex_attention
     query, key, value = query[None], key[None], value[None]
     context = function(query, key, value, score_mod=alibi, block_mask=mask, scale=scaling)
     return context[0].transpose(0, 1), None

@@ -19,10 +19,10 @@ What is kept is at least the sum over any kept keys; take those of a small block
 
 With p the skipped share of the softmax (p <= d), the output is off by p times the difference between the mean of the
 skipped and that of the kept values, at most 2 p max|v|; d = u / 2 makes that u max|v|. Gradients are averages over the
-same probabilities and off in proportion. `window_bound` evaluates (*) for each row and takes the largest window of a block
-of rows; z is the mean of the keys, which cancels what all keys have in common. The rounding of the bound itself (dot
-products of d numbers, relative error at most d eps) is added to t_i, four times over. Infinite or undefined norms give
-an unlimited window.
+same probabilities and off in proportion. `window_bound` evaluates (*) for each row and takes the largest window of a
+block of rows; z is the mean of the keys, which cancels what all keys have in common. The rounding of the bound itself
+(dot products of n numbers, relative error at most n eps) is added to t_i, four times over. Infinite or undefined norms
+give an unlimited window.
 
 COST: one product with `LOCAL` keys a query, about LOCAL / length of the attention itself.
 """
@@ -106,8 +106,8 @@ def window_bound(
         documents: `(length,) int`, for packed sequences the number of each token's sequence; None for one sequence.
 
     Returns:
-        `(heads, blocks) int64`, the window w of each block of queries: keys with |i - j| > w are negligible for all its
-        rows. At most length - 1, which leaves nothing out.
+        `(heads, blocks) int64`, the window w of each block of queries: keys with |i - j| > w are negligible for all
+        its rows. At most length - 1, which leaves nothing out.
     """
     heads, length, head_dim = query.shape
     blocks = math.ceil(length / block)
@@ -130,7 +130,7 @@ def _local_logsumexp(
     query: torch.Tensor, key: torch.Tensor, slopes: torch.Tensor, scaling: float, documents: torch.Tensor | None
 ) -> torch.Tensor:
     """`(heads, length)`: log of the sum of exp(score) over the keys of each query's own block of `LOCAL`."""
-    heads, length, _ = query.shape
+    length = query.shape[1]
     blocks = math.ceil(length / LOCAL)
     missing = blocks * LOCAL - length
     query, key = (torch.nn.functional.pad(x, (0, 0, 0, missing)).unflatten(1, (blocks, LOCAL)) for x in (query, key))

@@ -1,0 +1,102 @@
+"""Hub data sets over real HTTP: streamed, no further than asked for, trained on, named when they cannot be had.
+
+Each test runs a fresh process against a server on the loopback interface; huggingface_hub reads its endpoint once.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, SHIPPED
+from hub_server import serve
+
+ROWS = [{"question": f"What is number {i}?", "answer": f"The number {i}, {i * i} squared."} for i in range(200)]
+
+
+def lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """The endpoint's environment, and the requests it has seen."""
+    datasets = {
+        "me/pairs": {f"data/train-{part}.jsonl": lines(ROWS[100 * part : 100 * part + 100]) for part in range(2)},
+        "me/empty-answers": {"train.jsonl": lines([{"question": "a", "answer": ""}] * 3)},
+    }
+    with serve(datasets) as (endpoint, requests):
+        environment = {
+            **os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
+        yield environment, requests
+
+
+def python(arguments: list[str], environment: dict) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=REPOSITORY, env=environment
+    )
+
+
+def test_only_the_rows_asked_for_are_fetched(hub):
+    environment, requests = hub
+    program = """
+from training.contrastive import load_sources
+from training.recipe import ContrastiveRecipe, Source
+from training.sources import open_source
+source = Source(name="numbers", hub="me/pairs", anchor="question", positive="answer")
+stream = open_source(source, ".", streaming=True)
+print(next(iter(stream)))
+rows = load_sources(ContrastiveRecipe(sources=[source], max_rows=20))["numbers"]
+print(sorted(rows.column_names), len(rows), rows[19]["anchor"], len(rows.cache_files) == 1)
+"""
+    process = python(["-c", program], environment)
+    assert process.returncode == 0, process.stderr
+    assert str(ROWS[0]) in process.stdout
+    assert "['anchor', 'positive'] 20 What is number 19? True" in process.stdout
+    fetched = [request for request in requests if request.startswith("GET") and "/resolve/" in request]
+    assert any("train-0.jsonl" in request for request in fetched)
+    assert not any("train-1.jsonl" in request for request in fetched)
+
+
+def test_training_on_a_hub_data_set(hub, tmp_path):
+    environment, _ = hub
+    source = "{name: numbers, hub: me/pairs, anchor: question, positive: answer}"
+    process = python(
+        [
+            "-m", "training.pairs", "--config", "training/recipes/tiny-pairs.yaml", f"sources=[{source}]",
+            f"model={SHIPPED}", f"output_dir={tmp_path / 'run'}", "max_length=16", "training.max_steps=2",
+            "training.per_device_train_batch_size=4", "training.logging_steps=1",
+        ],
+        environment,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-2000:]
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hub: me/nothing", "Repository Not Found"),
+        ("hub: me/pairs, hub_config: german", "BuilderConfig 'german' not found"),
+        ("hub: me/pairs, split: validation", "Bad split: validation"),
+        ("hub: me/pairs, anchor: query", "no column 'query'; it has question, answer"),
+        ("hub: me/empty-answers, anchor: question, positive: answer", "all pairs are empty"),
+    ],
+)
+def test_what_cannot_be_read_is_named(hub, tmp_path, source, message):
+    environment, _ = hub
+    process = python(
+        [
+            "-m", "training.pairs", "--config", "training/recipes/tiny-pairs.yaml",
+            f"sources=[{{name: numbers, {source}}}]", f"model={SHIPPED}", f"output_dir={tmp_path / 'run'}",
+        ],
+        environment,
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert "error: source numbers: " in process.stderr
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
