@@ -99,7 +99,7 @@ def test_useless_pairs_are_dropped_and_an_empty_source_is_an_error(folder, tmp_p
     sources = [Source(name="p", path="p.jsonl")]
     assert len(load_sources(recipe(folder, data_dir=str(tmp_path), sources=sources))["p"]) == 1
     (tmp_path / "p.jsonl").write_text('{"query": "same", "positive": "same"}\n')
-    with pytest.raises(RecipeError, match="source p: all 1 pairs"):
+    with pytest.raises(RecipeError, match="source p: all pairs are empty"):
         load_sources(recipe(folder, data_dir=str(tmp_path), sources=sources))
 
 
