@@ -1,0 +1,107 @@
+"""The systems that run our ONNX graph: onnxruntime (float32, int8) and OpenVINO (its own precision, float32).
+
+Law: a runtime that computes in float32 is within `TOLERANCE` of torch on the check of the graph, or it is not timed.
+One that rounds by design (int8, OpenVINO on a processor with bf16) is timed, and its difference is reported.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .graph_export import CHECK, GRAPH, QUANTIZED
+from .workloads import make_batch
+
+TOLERANCE = 1e-3
+"""Largest absolute difference of a hidden state; hidden states leave a LayerNorm, their spread is 1."""
+
+
+class Graph:
+    """A loaded graph.
+
+    Args:
+        run: `input_ids` and `attention_mask` -> `last_hidden_state`, all numpy arrays.
+        info: What the runtime says about itself.
+    """
+
+    def __init__(self, run: Callable, info: dict[str, Any]):
+        self.run, self.info = run, info
+
+    def check(self, folder: Path, *, exact: bool):
+        """Compares with torch, at the valid tokens, and keeps the largest difference in `info`.
+
+        Raises:
+            ValueError: `exact`, and the difference is above `TOLERANCE`; or it is not a number.
+        """
+        known = np.load(folder / CHECK)
+        found = self.run(known["input_ids"], known["attention_mask"])
+        valid = known["attention_mask"].astype(bool)
+        difference = float(np.abs(found - known["last_hidden_state"])[valid].max())
+        self.info["largest_difference_to_torch"] = difference
+        if not difference <= (TOLERANCE if exact else float("inf")):
+            raise ValueError(f"the graph is {difference:.2g} off torch, more than {TOLERANCE:g}: not timed.")
+
+    def prepare(self, lengths) -> dict[str, Any]:
+        """Makes the batch and computes it; nothing is reported."""
+        self.inputs = make_batch(lengths)
+        self.call()
+        return {}
+
+    def call(self) -> np.ndarray:
+        """`(batch, length, hidden) float32`."""
+        return self.run(*self.inputs)
+
+
+def _onnxruntime(path: Path, threads: int) -> Graph:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(input_ids, attention_mask):
+        return session.run(None, {"input_ids": input_ids, "attention_mask": attention_mask})[0]
+
+    return Graph(run, {"providers": session.get_providers()})
+
+
+def _openvino(path: Path, threads: int, precision: str | None) -> Graph:
+    import openvino
+
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    if precision is not None:
+        settings["INFERENCE_PRECISION_HINT"] = precision
+    model = openvino.Core().compile_model(path, "CPU", settings)
+    request = model.create_infer_request()
+
+    def run(input_ids, attention_mask):
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        result = request.infer(inputs, share_inputs=True, share_outputs=True)  # no copies
+        return result["last_hidden_state"]
+
+    return Graph(run, {"precision": model.get_property("INFERENCE_PRECISION_HINT").get_type_name()})
+
+
+def load(kind: str, folder: Path, *, threads: int, options: dict[str, Any]) -> Graph:
+    """Loads and checks a graph.
+
+    Args:
+        kind: "onnxruntime" or "openvino".
+        folder: What `graph_export.build` returned.
+        threads: Of the runtime.
+        options: Of onnxruntime `quantized`; of OpenVINO `precision`, None for that of the device.
+
+    Raises:
+        ValueError: Another kind; a float32 runtime that is off torch by more than `TOLERANCE`.
+    """
+    if kind == "onnxruntime":
+        quantized = options.get("quantized", False)
+        graph = _onnxruntime(folder / (QUANTIZED if quantized else GRAPH), threads)
+        graph.check(folder, exact=not quantized)
+    elif kind == "openvino":
+        graph = _openvino(folder / GRAPH, threads, options.get("precision"))
+        graph.check(folder, exact=options.get("precision") == "f32")
+    else:
+        raise ValueError(f"unknown kind {kind!r}: onnxruntime or openvino.")
+    return graph
