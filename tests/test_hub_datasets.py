@@ -77,26 +77,45 @@ def test_training_on_a_hub_data_set(hub, tmp_path):
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("hub: me/nothing", "Repository Not Found"),
-        ("hub: me/pairs, hub_config: german", "BuilderConfig 'german' not found"),
-        ("hub: me/pairs, split: validation", "Bad split: validation"),
-        ("hub: me/pairs, anchor: query", "no column 'query'; it has question, answer"),
-        ("hub: me/empty-answers, anchor: question, positive: answer", "all pairs are empty"),
-    ],
-)
-def test_what_cannot_be_read_is_named(hub, tmp_path, source, message):
+WRONG = {
+    "hub='me/nothing'": "Repository Not Found",
+    "hub='me/pairs', hub_config='german'": "BuilderConfig 'german' not found",
+    "hub='me/pairs', split='validation'": "Bad split: validation",
+    "hub='me/pairs', anchor='query'": "no column 'query'; it has question, answer",
+    "hub='me/empty-answers', anchor='question', positive='answer'": "all pairs are empty",
+}
+
+
+def test_what_cannot_be_read_is_named(hub):
+    environment, _ = hub
+    program = f"""
+from training.contrastive import load_sources
+from training.recipe import ContrastiveRecipe, RecipeError, Source
+for source in [{", ".join(f"dict({arguments})" for arguments in WRONG)}]:
+    try:
+        load_sources(ContrastiveRecipe(sources=[Source(name="numbers", **source)]))
+    except RecipeError as error:
+        print(" ".join(str(error).split()))
+"""
+    process = python(["-c", program], environment)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert len(lines) == len(WRONG)
+    for line, message in zip(lines, WRONG.values(), strict=True):
+        assert line.startswith("source numbers: ")
+        assert message in line
+
+
+def test_the_command_says_it_in_one_line(hub, tmp_path):
     environment, _ = hub
     process = python(
         [
             "-m", "training.pairs", "--config", "training/recipes/tiny-pairs.yaml",
-            f"sources=[{{name: numbers, {source}}}]", f"model={SHIPPED}", f"output_dir={tmp_path / 'run'}",
+            "sources=[{name: numbers, hub: me/pairs, anchor: query}]", f"model={SHIPPED}",
+            f"output_dir={tmp_path / 'run'}",
         ],
         environment,
     )  # fmt: skip
     assert process.returncode == 2
-    assert "error: source numbers: " in process.stderr
-    assert message in process.stderr
+    assert "error: source numbers: no column 'query'" in process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr
