@@ -208,7 +208,9 @@ def test_bf16_on_a_gpu(stages, tmp_path, stage):
     assert losses(tmp_path / "run") == pytest.approx(losses(stages["root"] / stage), rel=0.05)
 
 
-@pytest.mark.parametrize("size", ["small", "base", "large"])
+@pytest.mark.parametrize(
+    "size", [pytest.param("small", marks=pytest.mark.slow), pytest.param("base", marks=pytest.mark.slow), "large"]
+)
 def test_the_full_size_recipes_run(tmp_path, size):
     """Every recipe as it is, bf16, accumulation and cached loss included; only shape, data and steps shrink."""
     tiny = [*QUICK, "training.max_steps=1", "training.use_cpu=true", f"data_dir={DATA}", "training.optim=adamw_torch"]
