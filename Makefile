@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Processes that share the tests, file by file, each with one thread.
+WORKERS ?= 2
 # The CPU build of torch; a range would pull gigabytes of CUDA. An already installed torch is kept.
 TORCH ?= torch==2.13.0
 
@@ -26,14 +28,14 @@ demo: $(VENV)/.demo  ## embed and search the shipped library with the shipped mo
 	$(BIN)/python -m evaluation.demo
 
 test: $(VENV)/.test  ## the test suite: CPU only, offline
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 $(VENV)/.benchmarks: pyproject.toml | $(VENV)/.demo
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[benchmarks]"
 	touch $@
 
 benchmark: $(VENV)/.benchmarks  ## speed and memory beside onnxruntime, OpenVINO and plain BERT (tens of minutes)
-	$(BIN)/python -m benchmarks.speed --shape small --resume
+	$(BIN)/python -m benchmarks.speed --shape small --output benchmark_output --resume
 
 lint: $(VENV)/.test  ## linters and type checks
 	$(BIN)/ruff check .

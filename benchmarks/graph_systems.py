@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .graph_export import CHECK, GRAPH, QUANTIZED
-from .workloads import make_batch
+from .workloads import make_batch, padded_batches
 
 TOLERANCE = 1e-3
 """Largest absolute difference of a hidden state; hidden states leave a LayerNorm, their spread is 1."""
@@ -43,14 +43,14 @@ class Graph:
             raise ValueError(f"the graph is {difference:.2g} off torch, more than {TOLERANCE:g}: not timed.")
 
     def prepare(self, lengths) -> dict[str, Any]:
-        """Makes the batch and computes it; nothing is reported."""
-        self.inputs = make_batch(lengths)
+        """Makes the batches and computes them; nothing is reported."""
+        self.batches = [make_batch(batch) for batch in padded_batches(lengths)]
         self.call()
         return {}
 
-    def call(self) -> np.ndarray:
-        """`(batch, length, hidden) float32`."""
-        return self.run(*self.inputs)
+    def call(self) -> list[np.ndarray]:
+        """`(batch, length, hidden) float32` for each batch; OpenVINO's are views that its next call overwrites."""
+        return [self.run(*inputs) for inputs in self.batches]
 
 
 def _onnxruntime(path: Path, threads: int) -> Graph:

@@ -11,7 +11,7 @@ from typing import Any
 from .machine import has_native_bf16
 from .workloads import Shape
 
-OURS_LONGEST = 32768
+OURS_LONGEST = 131072
 INSTALL = "pip install 'modeling-jina-bert[benchmarks]'"
 
 

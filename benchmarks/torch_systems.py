@@ -14,7 +14,7 @@ from modeling_jina_bert import JinaBertConfig, JinaBertModel, count_scores
 
 from .ceiling import MatrixProducts
 from .dense import DenseJinaBert
-from .workloads import INITIALIZER_RANGE, SEED, VOCABULARY, Shape, make_batch
+from .workloads import INITIALIZER_RANGE, SEED, VOCABULARY, Shape, make_batch, padded_batches
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -61,23 +61,26 @@ class TorchModel:
     Args:
         function: Takes `input_ids` and `attention_mask` by name; returns hidden states or an output that has them.
         device: "cpu" or "cuda".
+        packs: Whether it computes no padding, and so takes any lengths in one batch.
     """
 
-    def __init__(self, function: Any, *, device: str):
-        self.function, self.device = function, device
+    def __init__(self, function: Any, *, device: str, packs: bool = False):
+        self.function, self.device, self.packs = function, device, packs
 
     def prepare(self, lengths) -> dict[str, Any]:
-        """Makes the batch and computes it; nothing is reported."""
-        input_ids, attention_mask = (torch.from_numpy(array).to(self.device) for array in make_batch(lengths))
-        self.inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        """Makes the batches and computes them; nothing is reported."""
+        self.batches = []
+        for batch in [lengths] if self.packs else padded_batches(lengths):
+            input_ids, attention_mask = (torch.from_numpy(array).to(self.device) for array in make_batch(batch))
+            self.batches.append({"input_ids": input_ids, "attention_mask": attention_mask})
         self.call()
         return {}
 
-    def call(self) -> torch.Tensor:
-        """`(batch, length, hidden)` on the device."""
+    def call(self) -> list[torch.Tensor]:
+        """`(batch, length, hidden)` on the device, for each batch."""
         with torch.inference_mode():
-            output = self.function(**self.inputs)
-        return output if isinstance(output, torch.Tensor) else output.last_hidden_state
+            outputs = [self.function(**inputs) for inputs in self.batches]
+        return [output if isinstance(output, torch.Tensor) else output.last_hidden_state for output in outputs]
 
 
 class OurModel(TorchModel):
@@ -133,5 +136,5 @@ def load(kind: str, shape: Shape, *, dtype: str, device: str, options: dict[str,
         model = jina_bert(shape, **options).to(device, torch_dtype)
         if compiled:
             model.encoder.compile(dynamic=True)
-        return OurModel(model, device=device)
+        return OurModel(model, device=device, packs=options.get("attention") != "eager")
     raise ValueError(f"unknown kind {kind!r}: ours, bert, dense or ceiling.")

@@ -1,6 +1,7 @@
 """What is computed: the shapes of the models, the batches of every length, and the operations they need.
 
-Law: every system sees the same token ids, the same padding and the same attention mask; only real tokens are counted.
+Law: every system sees the same texts, and only real tokens are counted. A system that computes padding gets mixed
+lengths as sentence-transformers would send them: sorted by length, 32 a batch (`padded_batches`).
 Needs neither torch nor numpy until a batch is made, so that the command itself stays small.
 """
 
@@ -14,6 +15,8 @@ skipping of negligible scores would look better than on trained weights."""
 SEED = 0
 MIX = "mix"
 MIX_SEQUENCES = 64
+PADDED_BATCH = 32
+"""Sequences a batch of systems that compute padding: the default of sentence-transformers' `encode`."""
 MIX_MEDIAN, MIX_SIGMA, MIX_RANGE = 96, 1.1, (8, 2048)
 """Log-normal lengths of the mix, in tokens, and what they are clipped to."""
 DEFAULT_LENGTHS: tuple[int | str, ...] = (32, 128, 512, MIX, 2048, 8192, 32768)
@@ -87,6 +90,21 @@ def make_workload(name: int | str, tokens: int) -> Workload:
     drawn = (MIX_MEDIAN * generator.lognormvariate(0, MIX_SIGMA) for _ in range(MIX_SEQUENCES))
     lowest, highest = MIX_RANGE
     return Workload(name, tuple(min(max(round(length), lowest), highest) for length in drawn))
+
+
+def padded_batches(lengths) -> list[tuple[int, ...]]:
+    """The lengths of each batch of a call, for a system that computes padding.
+
+    Example:
+        >>> padded_batches([512] * 8)
+        [(512, 512, 512, 512, 512, 512, 512, 512)]
+        >>> [len(batch) for batch in padded_batches([8] * 40 + [512])], padded_batches([8] * 40 + [512])[0][:2]
+        ([32, 9], (512, 8))
+    """
+    if len(set(lengths)) == 1:
+        return [tuple(lengths)]
+    ordered = sorted(lengths, reverse=True)
+    return [tuple(ordered[start : start + PADDED_BATCH]) for start in range(0, len(ordered), PADDED_BATCH)]
 
 
 def make_batch(lengths):

@@ -5,9 +5,9 @@
 Every `NAME.txt` of the library is one document, its first line the title. Each document becomes one vector, however
 long (`truncation=False`), and each of its passages another; all have length 1, so a dot product is the cosine.
 
-Law: the model is loaded as any user of the Hub loads it, through `AutoModel` with trust_remote_code; the packages of
-this repository are not imported. COST: two passes over the library, in time quadratic in the length of a document; the
-shipped library has about 71,000 tokens.
+Law: the model is loaded as any user of the Hub loads it, through `AutoModel` with trust_remote_code; the package
+modeling_jina_bert is not imported. COST: two passes over the library, in time quadratic in the length of a document at
+worst; the shipped library has about 71,000 tokens.
 """
 
 import argparse
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+from .demo_map import draw_map
 
 REPOSITORY = Path(__file__).parent.parent
 LONG_TOKENS = 8192  # the declared maximum of the released models; longer documents are marked
@@ -42,16 +44,6 @@ QUERIES = (
 
 _SENTENCE_END = r"(?<=[.!?])\s+|(?<=[.!?][\"'\u201d\u2019)])\s+"
 _SEPARATORS = (r"\n\s*\n", _SENTENCE_END, r"\n", r"\s+")  # where a text is cut, coarsest first
-_COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#6A3D9A",
-    "#444444",
-)  # colour-blind safe
 
 
 class DemoError(Exception):
@@ -298,77 +290,16 @@ def print_library(console, library: Library):
     console.print(table)
 
 
-def project(vectors: np.ndarray) -> np.ndarray:
-    """t-SNE of the vectors by cosine, seeded.
-
-    Args:
-        vectors: `(rows, hidden) float`.
-
-    Returns:
-        `(rows, 2) float32`; all zero for a single row.
-    """
-    from sklearn.manifold import TSNE
-
-    rows = len(vectors)
-    if rows < 2:
-        return np.zeros((rows, 2), dtype=np.float32)
-    perplexity = max(1.0, min(30.0, (rows - 1) / 3))
-    return TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=0).fit_transform(vectors)
-
-
-def draw_map(library: Library, path: Path):
-    """Writes a PNG: a dot for each passage, a large one for each document, coloured by kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    points = project(np.concatenate([library.document_vectors, library.passage_vectors]))
-    document_points, passage_points = points[: len(library.documents)], points[len(library.documents) :]
-    kinds = sorted({document.kind for document in library.documents})
-    colours = {kind: _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)}
-    passage_kinds = np.array([library.documents[passage.document].kind for passage in library.passages])
-
-    figure, axes = pyplot.subplots(figsize=(13, 9), dpi=120)
-    for kind in kinds:
-        own = passage_points[passage_kinds == kind]
-        axes.scatter(own[:, 0], own[:, 1], s=20, alpha=0.5, linewidths=0, color=colours[kind], label=kind)
-    big = {"s": 130, "c": [colours[document.kind] for document in library.documents], "edgecolors": "white"}
-    axes.scatter(document_points[:, 0], document_points[:, 1], linewidths=1.5, zorder=4, **big)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.margins(0.06)
-    legend = axes.legend(
-        title="Kind of text", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, markerscale=2
-    )
-    for handle in legend.legend_handles:
-        handle.set_alpha(1)
-    axes.set_title(
-        "The library as the model sees it: small dot = passage, large dot = whole document (t-SNE of the vectors)"
-    )
-    figure.tight_layout()
-    _label_documents(axes, library.documents, document_points, colours)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-def _label_documents(axes, documents: Sequence[Document], points: np.ndarray, colours: dict[str, str]):
-    """Names the documents beside their dots, with a line from name to dot."""
-    from adjustText import adjust_text
-
-    box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "alpha": 0.9}
-    texts = [
-        axes.text(*point, document.label, zorder=5, bbox={**box, "ec": colours[document.kind]})
-        for document, point in zip(documents, points, strict=True)
-    ]
-    adjust_text(
-        texts,
-        points[:, 0],
-        points[:, 1],
-        ax=axes,
-        expand=(1.3, 1.8),
-        arrowprops={"arrowstyle": "-", "color": "#555555", "linewidth": 0.8},
+def draw_library_map(library: Library, path: Path):
+    """Writes the map of the documents and their passages as a PNG."""
+    kinds = [document.kind for document in library.documents]
+    draw_map(
+        path,
+        labels=[document.label for document in library.documents],
+        kinds=kinds,
+        vectors=library.document_vectors,
+        passage_kinds=[kinds[passage.document] for passage in library.passages],
+        passage_vectors=library.passage_vectors,
     )
 
 
@@ -402,7 +333,7 @@ def run(options: argparse.Namespace):
     print_library(console, library)
     path = options.output / "map.png"
     try:
-        draw_map(library, path)
+        draw_library_map(library, path)
     except OSError as error:
         raise DemoError(f"cannot write {path}: {error.strerror or error}") from None
     console.print(f"\nMap: {path}    Total: {time.perf_counter() - began:.0f} s")

@@ -1,174 +1,262 @@
-"""Writes a publishable Hub folder from a checkpoint.
+"""Writes a publishable Hub folder from a checkpoint, and the files of other engines beside it.
 
     python -m hub_repo.export --model RUN/final --output hub_repo/tiny [--dtype float16] [--card CARD.md]
+        [--onnx [fp32 fp16 int8]] [--openvino] [--gguf [f16 q8_0]] [--tei FOLDER]
 
 Law: the folder loads on its own, with `AutoModel` and `SentenceTransformer` and trust_remote_code, offline, and gives
 the vectors of the checkpoint to the rounding of the stored dtype; `export` loads it in a fresh process and compares
-before it reports success. The sentence-transformers files are written in the schema that releases before 6 and
-serving engines read, too.
+before it reports success. Every other engine's file is loaded in that engine and compared, too. Until then everything
+lies in a hidden sibling: a failure leaves the output as it was. The sentence-transformers files are written in the
+schema that releases before 6 and serving engines read.
 """
 
 import argparse
-import json
-import os
 import shutil
-import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-import modeling_jina_bert
 from modeling_jina_bert import JinaBertModel
 
-CODE_FOLDER = Path(modeling_jina_bert.__file__).parent
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_CHECK_TEXTS = ["How is the weather today?", "", "A longer text, of many words. " * 60]
-_MODULES = ("Transformer", "Pooling", "Normalize")
+from . import gguf_export, onnx_export, openvino_export, tei
+from .checkpoint_files import DTYPE_NAMES, WEIGHTS, FolderError
+from .folder_files import code_files, sentence_transformers_files, write_code, write_json, write_tokenizer
+from .loading import CHECK_TEXTS, load_in_fresh_process, quiet_transformers, smallest_cosine
+from .parity import Agreement
+from .requirements import require
+from .staging import WEIGHTS_OF_A_FOLDER, staged
+
+_SMALLEST_COSINE = {"float32": 0.999999, "float16": 0.9999, "bfloat16": 0.999}
+"""Between the float32 checkpoint and the folder, by the dtype that the weights are rounded to."""
 
 
-def code_files() -> list[Path]:
-    """The remote code: every module of the package but `__init__`."""
-    return sorted(path for path in CODE_FOLDER.glob("*.py") if path.name != "__init__.py")
+@dataclass(frozen=True)
+class Formats:
+    """What is written for other engines; nothing by default.
 
-
-def sentence_transformers_files(hidden_size: int, max_length: int) -> dict[str, object]:
-    """Relative path -> content of the JSON files that make a folder a sentence-transformers model.
-
-    Args:
-        hidden_size: Width of the embeddings.
-        max_length: Tokens a text is cut at by `SentenceTransformer.encode`.
+    Attributes:
+        onnx: Precisions of the ONNX files: "fp32", "fp16", "int8".
+        openvino: Whether the OpenVINO form is written.
+        gguf: Types of the GGUF files for llama.cpp: "f32", "f16", "q8_0".
+        tei: Folder to write for text-embeddings-inference; it must not exist, or be empty.
     """
-    paths = ("", "1_Pooling", "2_Normalize")
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(zip(paths, _MODULES, strict=True))
-    ]
-    pooling = {"word_embedding_dimension": hidden_size}
-    for mode in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens"):
-        pooling[f"pooling_mode_{mode}"] = mode == "mean_tokens"
-    return {
-        "modules.json": modules,
-        "1_Pooling/config.json": pooling,
-        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {"similarity_fn_name": "cosine", "prompts": {}},
-    }
+
+    onnx: Sequence[str] = ()
+    openvino: bool = False
+    gguf: Sequence[str] = ()
+    tei: Path | None = None
+
+    def check(self):
+        """Refuses before minutes are spent: unknown names, and packages that are missing.
+
+        Raises:
+            FolderError: An unknown precision or type.
+            ImportError: A package is missing.
+        """
+        for kind, given, known in (
+            ("ONNX precision", self.onnx, onnx_export.FILES),
+            ("GGUF type", self.gguf, gguf_export.TOLERANCES),
+        ):
+            if unknown := sorted(set(given) - set(known)):
+                raise FolderError(f"{kind} {unknown[0]!r} is not one of {', '.join(known)}.")
+        packages = {"onnx"} if self.onnx or self.openvino else set()
+        packages |= {"onnxruntime"} if self.onnx else set()
+        packages |= {"openvino"} if self.openvino else set()
+        packages |= {"gguf"} if self.gguf else set()
+        for package in sorted(packages):
+            require(package, "export")
 
 
-def export(model_path: str, output: Path, *, dtype: str = "float16", card: Path | None = None) -> Path:
+@dataclass(frozen=True)
+class Written:
+    """A file that was written and verified.
+
+    Attributes:
+        path: Where it is now.
+        size: Of it and of the weights it belongs to, in bytes.
+        agreement: How far its engine is off torch.
+    """
+
+    path: Path
+    size: int
+    agreement: Agreement
+
+
+def export(
+    model_path: str,
+    output: Path,
+    *,
+    dtype: str = "float16",
+    card: Path | None = None,
+    formats: Formats | None = None,
+) -> Path:
+    """Writes the folder; `export_formats` with its report left out.
+
+    Returns:
+        `output`.
+    """
+    export_formats(model_path, output, dtype=dtype, card=card, formats=formats)
+    return Path(output)
+
+
+def export_formats(
+    model_path: str,
+    output: Path,
+    *,
+    dtype: str = "float16",
+    card: Path | None = None,
+    formats: Formats | None = None,
+) -> list[Written]:
     """Writes the folder, then loads it in a fresh process and compares its vectors with the checkpoint's.
 
     Args:
         model_path: A checkpoint of this project, or a folder or repository of the official form.
-        output: Folder to write; files of the same names are replaced, others are left alone.
+        output: Folder to write; files of the same names are replaced, weights of an earlier export are removed, others
+            are left alone.
         dtype: Of the stored weights; config.json says float32, so a plain load computes in float32.
         card: Model card to publish as README.md.
+        formats: What is written for other engines.
 
     Returns:
-        `output`.
+        The files for other engines, verified.
 
     Raises:
-        ValueError: An unknown dtype.
-        RuntimeError: The written folder does not reproduce the checkpoint.
+        ValueError: An unknown dtype or format; a checkpoint that cannot be loaded, or that a format cannot hold.
+        RuntimeError: What was written does not reproduce the checkpoint.
+        ImportError: A package that a format needs is missing.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}.")
-    model = JinaBertModel.from_pretrained(model_path, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    formats, output = formats or Formats(), Path(output)
+    if dtype not in DTYPE_NAMES:
+        raise FolderError(f"dtype={dtype!r} is not one of {', '.join(DTYPE_NAMES)}.")
+    if card is not None and not card.is_file():
+        raise FolderError(f"{card} is no file.")
+    formats.check()
+    model, tokenizer = _load(model_path)
+    with ExitStack() as stack:
+        stage = stack.enter_context(staged(output, into_existing=True, stale=WEIGHTS_OF_A_FOLDER))
+        _write_folder(model, tokenizer, stage, dtype)
+        if card is not None:
+            shutil.copyfile(card, stage / "README.md")
+        _verify(model, stage, output, dtype)
+        places = {stage: output}
+        if formats.tei is not None:
+            places[stack.enter_context(staged(formats.tei))] = formats.tei
+        written = [
+            Written(places[root] / path.relative_to(root), _size(path), agreement)
+            for root, path, agreement in _write_formats(model, list(places), output, dtype, formats)
+        ]
+    return written
+
+
+def _load(model_path: str):
+    """The checkpoint in float32 and its tokenizer, as they are published."""
+    model = JinaBertModel.from_pretrained(model_path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_path, config=model.config)
     tokenizer.model_max_length = model.config.model_max_length
     # Training leaves its truncation in the fast tokenizer; a published tokenizer has none baked in.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     model.tokenizer = tokenizer
-    output.mkdir(parents=True, exist_ok=True)
+    return model, tokenizer
 
+
+def _write_folder(model: JinaBertModel, tokenizer, folder: Path, dtype: str):
     model.config.architectures = [type(model).__name__]
     model.config.dtype = torch.float32
-    model.config.save_pretrained(output)
-    weights = {name: tensor.to(_DTYPES[dtype]).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
-    (output / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner reads
-    _write_tokenizer(tokenizer, output)
+    model.config.save_pretrained(folder)
+    weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise FolderError(f"{name} has values that are not finite as {dtype}.")
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tokenizer(tokenizer, folder)
     for name, content in sentence_transformers_files(model.config.hidden_size, model.config.model_max_length).items():
-        (output / name).parent.mkdir(exist_ok=True)
-        (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for path in code_files():
-        shutil.copyfile(path, output / path.name)
-    if card is not None:
-        shutil.copyfile(card, output / "README.md")
-    _verify(model, output)
-    return output
+        write_json(folder / name, content)
+    write_code(folder)
 
 
-_TRANSIENT_TOKENIZER_KEYS = (
-    "backend", "is_local", "local_files_only", "max_length", "stride", "truncation_side", "truncation_strategy",
-)  # fmt: skip
+def _verify(model: JinaBertModel, folder: Path, output: Path, dtype: str):
+    """Loads the folder as a stranger would and compares with the float32 checkpoint."""
+    expected = model.encode(list(CHECK_TEXTS), normalize_embeddings=True)
+    for name, vectors in load_in_fresh_process(folder).items():
+        cosine = smallest_cosine(vectors, expected)
+        if not cosine >= _SMALLEST_COSINE[dtype]:
+            raise RuntimeError(f"{output}: other vectors than the checkpoint's, cosine {cosine} ({name}).")
 
 
-def _write_tokenizer(tokenizer, output: Path):
-    """tokenizer.json, a tokenizer_config.json free of what this session added to it, and for WordPiece vocab.txt."""
-    tokenizer.save_pretrained(output)
-    path = output / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config = {name: value for name, value in config.items() if name not in _TRANSIENT_TOKENIZER_KEYS}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    vocabulary = tokenizer.get_vocab()
-    if any(token.startswith("##") for token in vocabulary):  # WordPiece: older tokenizers and converters look for it
-        entries = sorted(vocabulary, key=vocabulary.__getitem__)
-        (output / "vocab.txt").write_text("\n".join(entries) + "\n", encoding="utf-8")
+def _write_formats(
+    model: JinaBertModel, roots: Sequence[Path], output: Path, dtype: str, formats: Formats
+) -> Iterator[tuple[Path, Path, Agreement]]:
+    """Writes and checks each format; yields the folder it is in, the file and how far its engine is off."""
+    stage = roots[0]
+    onnx = list(formats.onnx) + (["fp32"] if formats.openvino and "fp32" not in formats.onnx else [])
+    for path, precision in zip(onnx_export.write_onnx(model, stage, onnx), onnx, strict=True):
+        if precision in formats.onnx:
+            yield stage, path, onnx_export.check_onnx(path, model, precision)
+    if formats.openvino:
+        half = dtype != "float32"
+        source = stage / onnx_export.FILES["fp32"]
+        path = openvino_export.write_openvino(source, stage, half=half)
+        yield stage, path, openvino_export.check_openvino(path, model, half=half)
+        if "fp32" not in formats.onnx:
+            source.unlink()
+    for kind in formats.gguf:
+        path = stage / gguf_export.gguf_name(output, kind)
+        gguf_export.write_gguf(model, stage, path, dtype=kind)
+        yield stage, path, gguf_export.check_gguf(path, model, kind)
+    if formats.tei is not None:
+        tei.write_tei(model, stage, roots[1], dtype=dtype)
+        yield roots[1], roots[1] / WEIGHTS, tei.check_tei(roots[1], model, dtype)
 
 
-_VERIFY_PROGRAM = """
-import sys
-import numpy as np
-from sentence_transformers import SentenceTransformer
-from transformers import AutoModel
-folder, vectors, texts = sys.argv[1], sys.argv[2], sys.argv[3:]
-auto = AutoModel.from_pretrained(folder, trust_remote_code=True).encode(texts)
-sentence = SentenceTransformer(folder, trust_remote_code=True, device="cpu").encode(texts)
-assert "modeling_jina_bert" not in sys.modules, "the installed package was used"
-np.savez(vectors, AutoModel=auto, SentenceTransformer=sentence)
-"""
+def _size(path: Path) -> int:
+    companion = path.with_suffix(".bin")  # the weights of an OpenVINO file
+    return path.stat().st_size + (companion.stat().st_size if companion.is_file() else 0)
 
 
-def _verify(model: JinaBertModel, output: Path):
-    """Loads the folder as a stranger would and compares: cosine at least 0.9999 to the float32 checkpoint."""
-    expected = model.encode(_CHECK_TEXTS, normalize_embeddings=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        vectors = Path(scratch) / "vectors.npz"
-        process = subprocess.run(
-            [sys.executable, "-c", _VERIFY_PROGRAM, str(output.resolve()), str(vectors), *_CHECK_TEXTS],
-            capture_output=True,
-            text=True,
-            cwd=scratch,
-            env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "HF_HUB_OFFLINE": "1"},
-        )
-        if process.returncode:
-            raise RuntimeError(f"{output} does not load in a fresh process:\n{process.stderr[-2000:]}")
-        with np.load(vectors) as found:
-            for name, vectors in found.items():
-                cosine = (vectors * expected).sum(1) / np.maximum(np.linalg.norm(vectors, axis=1), 1e-12)
-                if not cosine.min() >= 0.9999:
-                    raise RuntimeError(
-                        f"{output}: other vectors than the checkpoint's, cosine {cosine.min()} ({name})."
-                    )
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Write a publishable Hub folder from a checkpoint.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: exports and prints what was written; 2 if it cannot be."""
+    parser = argparse.ArgumentParser(prog="hub_repo.export", description="Write a publishable Hub folder.")
     parser.add_argument("--model", required=True, help="checkpoint: a stage's final folder, or the official form")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
-    parser.add_argument("--dtype", default="float16", choices=sorted(_DTYPES), help="of the stored weights")
+    parser.add_argument("--dtype", default="float16", choices=sorted(DTYPE_NAMES), help="of the stored weights")
     parser.add_argument("--card", type=Path, help="model card to publish as README.md")
-    arguments = parser.parse_args()
-    folder = export(arguments.model, arguments.output, dtype=arguments.dtype, card=arguments.card)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"wrote and verified {folder} ({size / 1e6:.1f} MB)")
+    parser.add_argument(
+        "--onnx", nargs="*", metavar="PRECISION", help=f"of {', '.join(onnx_export.FILES)}; all if bare"
+    )
+    parser.add_argument("--openvino", action="store_true", help="the OpenVINO form")
+    parser.add_argument(
+        "--gguf", nargs="*", metavar="TYPE", help=f"of {', '.join(gguf_export.TOLERANCES)}; f16 if bare"
+    )
+    parser.add_argument(
+        "--tei", type=Path, metavar="FOLDER", help="folder for text-embeddings-inference, beside the output"
+    )
+    arguments = parser.parse_args(argv)
+    onnx = () if arguments.onnx is None else arguments.onnx or tuple(onnx_export.FILES)
+    gguf = () if arguments.gguf is None else arguments.gguf or ("f16",)
+    quiet_transformers()
+    formats = Formats(onnx=onnx, openvino=arguments.openvino, gguf=gguf, tei=arguments.tei)
+    try:
+        written = export_formats(
+            arguments.model, arguments.output, dtype=arguments.dtype, card=arguments.card, formats=formats
+        )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
+    for file in written:
+        print(f"wrote and verified {file.path} ({file.size / 1e6:.1f} MB): {file.agreement}")
+    print(f"wrote and verified {arguments.output} ({size / 1e6:.1f} MB)")
+    return 0
 
+
+__all__ = ["Formats", "Written", "code_files", "export", "export_formats", "sentence_transformers_files"]
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

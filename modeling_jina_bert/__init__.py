@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from .alibi import alibi_bias, alibi_hankel, alibi_slopes
+from .chunking import Chunk, sentence_spans
 from .configuration_jina_bert import JinaBertConfig
 from .encoding import mean_pooling
 from .modeling_jina_bert import (
@@ -48,6 +49,7 @@ for _auto_class, _model_class in _AUTO_CLASSES.items():
 
 __version__ = "0.1.0"
 __all__ = [
+    "Chunk",
     "JinaBertConfig",
     "JinaBertForMaskedLM",
     "JinaBertForMultipleChoice",
@@ -61,4 +63,5 @@ __all__ = [
     "alibi_slopes",
     "count_scores",
     "mean_pooling",
+    "sentence_spans",
 ]

@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,46 +132,18 @@ class EncodeMixin(_PreTrainedModel):
         Raises:
             ValueError: An input that is no text; an unknown output_value; a truncate_dim out of range.
         """
-        single, sentences = isinstance(sentences, str), [sentences] if isinstance(sentences, str) else list(sentences)
+        single = isinstance(sentences, str)
+        sentences = [sentences] if single else list(sentences)
         self._check_encode_arguments(sentences, output_value, truncate_dim)
         if device is not None:
             self.to(device)
-        if show_progress_bar is None:
-            show_progress_bar = logger.isEnabledFor(logging.INFO)
-        tokenize = self._tokenize_function(**tokenizer_kwargs)
-
-        results: list[torch.Tensor] = []
-        cut_texts = cut_tokens = 0
-        was_training = self.training
-        self.eval()
-        try:
-            with tqdm(total=len(sentences), unit="text", disable=not show_progress_bar, desc="encode") as progress:
-                windows = (sentences[start : start + _WINDOW] for start in range(0, len(sentences), _WINDOW))
-                for window in _one_ahead(tokenize, windows):
-                    cut_texts, cut_tokens = cut_texts + window.cut_texts, cut_tokens + window.cut_tokens
-                    of_window: list[torch.Tensor] = [torch.empty(0)] * len(window.lengths)
-                    for batch in token_budget_batches(
-                        window.lengths, batch_size=batch_size, max_tokens=max_tokens_per_batch
-                    ):
-                        for index, result in zip(batch, self._encode_batch(window, batch, output_value), strict=True):
-                            of_window[index] = result
-                        progress.update(len(batch))
-                    results.extend(of_window)
-        finally:
-            self.train(was_training)
-        if cut_texts:
-            logger.warning(
-                "%d of %d texts are longer than max_length=%d tokens and were truncated; %d tokens are not embedded. "
-                "Pass a larger max_length, or truncation=False, to embed them whole.",
-                cut_texts, len(sentences), self._max_length(tokenizer_kwargs.get("max_length")), cut_tokens,
-            )  # fmt: skip
-
+        results = self._encode_texts(
+            sentences, output_value, batch_size=batch_size, max_tokens=max_tokens_per_batch,
+            show_progress_bar=show_progress_bar, tokenizer_kwargs=tokenizer_kwargs,
+        )  # fmt: skip
         if output_value == "token_embeddings":
             return results[0] if single else results
-        embeddings = torch.stack(results) if results else torch.empty(0, self.config.hidden_size)
-        embeddings = embeddings[:, :truncate_dim]
-        if normalize_embeddings:
-            embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=1)
+        embeddings = self._stack(results, truncate_dim=truncate_dim, normalize=normalize_embeddings)
         if single:
             embeddings = embeddings[0]
         if convert_to_tensor:
@@ -218,6 +191,49 @@ class EncodeMixin(_PreTrainedModel):
 
         return tokenize
 
+    def _encode_texts(
+        self,
+        sentences: list[str],
+        output_value: str,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        show_progress_bar: bool | None,
+        tokenizer_kwargs: dict[str, Any],
+    ) -> list[torch.Tensor]:
+        """Results in the order of the texts, window after window; says once what truncation took."""
+        if show_progress_bar is None:
+            show_progress_bar = logger.isEnabledFor(logging.INFO)
+        tokenize = self._tokenize_function(**tokenizer_kwargs)
+        windows = (sentences[start : start + _WINDOW] for start in range(0, len(sentences), _WINDOW))
+        progress_bar = tqdm(total=len(sentences), unit="text", disable=not show_progress_bar, desc="encode")
+        results: list[torch.Tensor] = []
+        cut_texts = cut_tokens = 0
+        with _evaluation_mode(self), progress_bar:
+            for window in _one_ahead(tokenize, windows):
+                cut_texts, cut_tokens = cut_texts + window.cut_texts, cut_tokens + window.cut_tokens
+                results += self._encode_window(
+                    window, output_value, batch_size=batch_size, max_tokens=max_tokens, progress_bar=progress_bar
+                )
+        if cut_texts:
+            logger.warning(
+                "%d of %d texts are longer than max_length=%d tokens and were truncated; %d tokens are not embedded. "
+                "Pass a larger max_length, or truncation=False, to embed them whole.",
+                cut_texts, len(sentences), self._max_length(tokenizer_kwargs.get("max_length")), cut_tokens,
+            )  # fmt: skip
+        return results
+
+    def _encode_window(
+        self, window: "_Window", output_value: str, *, batch_size: int, max_tokens: int, progress_bar: tqdm
+    ) -> list[torch.Tensor]:
+        """Results in the order of the texts, which are computed from the longest to the shortest."""
+        results: list[torch.Tensor] = [torch.empty(0)] * len(window.lengths)
+        for batch in token_budget_batches(window.lengths, batch_size=batch_size, max_tokens=max_tokens):
+            for index, result in zip(batch, self._encode_batch(window, batch, output_value), strict=True):
+                results[index] = result
+            progress_bar.update(len(batch))
+        return results
+
     def _encode_batch(self, window: "_Window", batch: list[int], output_value: str) -> list[torch.Tensor]:
         """Results of one batch, which is packed from the start: no padding is ever made."""
         lengths = [window.lengths[index] for index in batch]
@@ -235,6 +251,12 @@ class EncodeMixin(_PreTrainedModel):
         hidden_states = self._hidden_states(sequences, **inputs).float().split(lengths)
         return list(hidden_states) if output_value == "token_embeddings" else [x.mean(dim=0) for x in hidden_states]
 
+    def _stack(self, results: list[torch.Tensor], *, truncate_dim: int | None, normalize: bool) -> torch.Tensor:
+        """`(texts, hidden or truncate_dim) float32`; a shortened embedding is normalised as what it is."""
+        embeddings = torch.stack(results) if results else torch.empty(0, self.config.hidden_size)
+        embeddings = embeddings[:, :truncate_dim]
+        return torch.nn.functional.normalize(embeddings, p=2, dim=1) if normalize else embeddings
+
     def _nothing(self, output_value: str) -> torch.Tensor:
         shape = (0, self.config.hidden_size) if output_value == "token_embeddings" else (self.config.hidden_size,)
         return torch.zeros(shape, device=self.device)
@@ -248,6 +270,17 @@ class _Window:
     lengths: list[int]
     cut_texts: int
     cut_tokens: int
+
+
+@contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards the model trains if it did before, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _one_ahead(function: Callable, items: Iterable) -> Iterator:

@@ -1,26 +1,36 @@
-"""Shared: golden models and outputs, the tokenizer of the shipped model, tiny random models, a stranger's process."""
+"""Shared: golden models and outputs, the tokenizer of the shipped model, tiny random models, a stranger's process.
+
+Law: a test gives the same whichever tests ran before it and whatever other process of pytest runs beside it. Each test
+draws the same random numbers; each process has caches of its own, and the user's stay as they are.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before the imports, which read them. A worker of pytest-xdist has one thread: threads of several processes for the
+# same cores wait for each other at every barrier.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="jina-bert-tests-")
+os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.update({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 
-from modeling_jina_bert import JinaBertConfig
+from modeling_jina_bert import JinaBertConfig, cpu_attention
 
 REPOSITORY = Path(__file__).parent.parent
 SHIPPED = REPOSITORY / "hub_repo" / "tiny"
 GOLDEN = Path(__file__).parent / "golden"
-
-torch.manual_seed(0)
+CACHES = Path(os.environ["HF_HOME"])
 
 
 def pytest_collection_modifyitems(items):
@@ -28,6 +38,20 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    set_seed(0)  # for its fixtures
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    set_seed(0)  # again: a fixture that an earlier test has made draws nothing
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(CACHES, ignore_errors=True)
 
 
 @dataclass
@@ -58,6 +82,30 @@ def tiny_config(**changes) -> JinaBertConfig:
     """A 2-layer model; the wide initialisation makes attention depend on ALiBi (0.02 would hide its absence)."""
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     return JinaBertConfig(**{**shape, "initializer_range": 0.2, "hidden_dropout_prob": 0.0, **changes})
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the storage of the largest tensor that any operation returns, in bytes; operators are looked into."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function.namespace).startswith("jina_bert_"):
+            with self:
+                result = OPERATORS[function](*args, **(kwargs or {}))
+        else:
+            result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+OPERATORS = {
+    operator._opoverload: operator._init_fn for operator in (cpu_attention.alibi_attention, cpu_attention._backward)
+}
 
 
 STRANGER_PROLOGUE = """

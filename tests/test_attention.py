@@ -6,15 +6,17 @@ The eager implementation is held against the official code in test_golden.py.
 import copy
 import subprocess
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, tiny_config
+from conftest import REPOSITORY, LargestTensor, tiny_config
 
 from modeling_jina_bert import JinaBertModel, alibi_slopes, cpu_attention
 from modeling_jina_bert import attention as attention_module
-from modeling_jina_bert.attention import ATTENTION_FUNCTIONS, eager_attention, sdpa_attention
+from modeling_jina_bert.attention import ATTENTION_FUNCTIONS, eager_attention, flex_attention, sdpa_attention
 from modeling_jina_bert.packing import Sequences
 
 LENGTH = 129
@@ -37,61 +39,102 @@ def layout(heads: int, mask: torch.Tensor | None, batch: int = 3, length: int = 
     return Sequences.of_batch(alibi_slopes(heads), mask, batch, length, **options)
 
 
-def compare(
-    function, heads: int, mask: torch.Tensor | None, length: int = LENGTH, batch: int = 3, gradients=True, **options
-):
-    """Context and gradients equal those of eager attention, at valid tokens."""
+def attend(attention, heads: int, mask: torch.Tensor | None, *, gradients=True, **options) -> list[torch.Tensor]:
+    """The context `(3, LENGTH, heads, 16) float64`; then the gradients of query, key and value of a sum over it.
+
+    Every `attention` gets the same inputs; the options are for it.
+    """
     generator = torch.Generator().manual_seed(heads)
-    shape = (batch, length, heads, 16)
-    *qkv, weights = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(4))
+    *qkv, weights = (torch.randn(3, LENGTH, heads, 16, dtype=torch.float64, generator=generator) for _ in range(4))
     if mask is not None:  # an empty sequence: its value is defined, a gradient through its scores is not
         weights[~mask.any(dim=1)] = 0
-    results = []
-    for attention in (eager_attention, function):
-        sequences = layout(heads, mask, batch, length, **(options if attention is function else {}))
-        inputs = [x.clone().requires_grad_(gradients) for x in qkv]
-        packed = [sequences.unpad(x) if sequences.cu_seqlens is not None else x for x in inputs]
-        context, _ = attention(*packed, sequences, scaling=0.25)
-        assert context.shape == packed[0].shape
-        padded = sequences.pad(context) if sequences.cu_seqlens is not None else context
-        found = torch.autograd.grad((padded * weights).sum(), inputs) if gradients else ()
-        results.append((padded, *found))
-    for eager, other in zip(*results, strict=True):
-        assert eager.abs().max() > 0
-        assert (eager - other).abs().max() < 1e-11
+    sequences = layout(heads, mask)
+    packed = [sequences.pack(x.requires_grad_(gradients)) for x in qkv]
+    context, _ = attention(*packed, sequences, scaling=0.25, **options)
+    assert context.shape == packed[0].shape
+    context = sequences.unpack(context)
+    results = [context, *(torch.autograd.grad((context * weights).sum(), qkv) if gradients else ())]
+    assert all(x.abs().max() > 0 for x in results)
+    return results
+
+
+def gap(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
+    """Largest difference of any element of any tensor."""
+    return max((x - y).abs().max().item() for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("kind", masks())
 @pytest.mark.parametrize("heads", [1, 4, 6, 12])
 def test_sdpa_equals_eager(heads, kind):
-    compare(sdpa_attention, heads, masks()[kind])
+    expected = attend(eager_attention, heads, masks()[kind])
+    assert gap(attend(sdpa_attention, heads, masks()[kind]), expected) < 1e-11
+
+
+class QueriesOfEachCall(torch.overrides.TorchFunctionMode):
+    """Records how many queries of a sequence each call of torch's attention has."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries: list[int] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            self.queries.append(args[0].shape[2])
+        return function(*args, **(kwargs or {}))
+
+
+# With dropout the CPU has no kernel for packed sequences either, and sdpa_attention takes the path of other devices.
+# This one drops nothing: one probability in 10^12, and there are 2 * 10^5.
+AS_ELSEWHERE = {"dropout": 1e-12}
+
+
+@pytest.mark.parametrize("kind", ["none", "right", "equal"])
+def test_short_sequences_on_other_devices_equal_eager(kind):
+    expected = attend(eager_attention, 4, masks()[kind])
+    with QueriesOfEachCall() as calls:
+        found = attend(sdpa_attention, 4, masks()[kind], **AS_ELSEWHERE)
+    assert calls.queries == [LENGTH]  # the whole batch at once, under a dense bias
+    assert gap(found, expected) < 1e-11
 
 
 @pytest.mark.parametrize("kind", masks())
-@pytest.mark.parametrize("dense", [True, False])
-def test_the_sdpa_path_of_other_devices_equals_eager(monkeypatch, kind, dense):
-    """Where there is no kernel for packed sequences: a dense bias, or blocks of queries."""
-
-    def elsewhere(query, key, value, sequences, *, scaling):
-        qkv = (attention_module._heads_first(x, sequences) for x in (query, key, value))
-        if dense:
-            if sequences.has_empty:  # see the TRAP in attention.py
-                pytest.skip("never taken with an empty sequence")
-            bias = attention_module._dense_bias(sequences)
-            context = attention_module._sdpa(*qkv, bias, scaling=scaling, dropout=0.0)
-        else:
-            context = attention_module._row_by_row(*qkv, sequences, scaling=scaling, dropout=0.0)
-        return attention_module._tokens_first(context, sequences), None
-
+def test_long_sequences_on_other_devices_equal_eager(monkeypatch, kind):
+    # As they are, these two sizes ask for 2,000 tokens, of which eager attention makes a gigabyte.
+    monkeypatch.setattr(attention_module, "DENSE_LENGTH", LENGTH - 1)
     monkeypatch.setattr(attention_module, "BLOCK_SCORES", 4 * 50 * LENGTH)
-    monkeypatch.setattr(Sequences, "has_empty", kind == "empty row", raising=False)
-    compare(elsewhere, 4, masks()[kind])
+    expected = attend(eager_attention, 4, masks()[kind])
+    with QueriesOfEachCall() as calls:
+        found = attend(sdpa_attention, 4, masks()[kind], **AS_ELSEWHERE)
+    assert set(calls.queries) == {50, LENGTH - 2 * 50}  # blocks of queries, and again in the backward pass
+    assert gap(found, expected) < 1e-11
 
 
 @pytest.mark.parametrize("kind", masks())
 def test_flex_attention_equals_eager(kind):
     """Uncompiled and forward only, as on the CPU: score and mask functions are the ones that CUDA compiles."""
-    compare(attention_module.flex_attention, 4, masks()[kind], gradients=False)
+    expected = attend(eager_attention, 4, masks()[kind], gradients=False)
+    assert gap(attend(flex_attention, 4, masks()[kind], gradients=False), expected) < 1e-11
+
+
+def test_two_threads_give_the_gradients_of_one(monkeypatch):
+    """The heads of a long sequence go side by side in the backward pass, in threads of our own."""
+    pools = []
+
+    class RecordedPool(ThreadPoolExecutor):
+        def __init__(self, threads):
+            pools.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(cpu_attention, "ThreadPoolExecutor", RecordedPool)
+    qkv = [torch.randn(1800, 4, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    gradients = {}
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        context, _ = sdpa_attention(*qkv, layout(4, None, 1, 1800), scaling=0.25)
+        gradients[threads] = torch.autograd.grad(context.square().sum(), qkv)
+    assert pools == [2]
+    assert all(gradient.abs().max() > 0 for gradient in gradients[1])
+    assert gap(gradients[2], gradients[1]) < 1e-11
 
 
 def test_flex_attention_refuses_gradients_on_the_cpu():
@@ -139,60 +182,40 @@ def test_the_model_gives_the_same_on_every_path(name):
         if name == "sdpa":
             gradients = torch.autograd.grad(states.square().mean(), list(instance.encoder.parameters()))
         found.append((states, *gradients))
-    for expected, other in zip(*found, strict=True):
-        assert (expected - other).abs().max() < 1e-10
+    assert gap(*found) < 1e-10
 
 
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the storage of the largest tensor that any operation returns, in bytes; operators are looked into."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if str(function.namespace).startswith("jina_bert_"):
-            with self:
-                result = OPERATORS[function](*args, **(kwargs or {}))
-        else:
-            result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-        return result
+def largest_tensor(mask: torch.Tensor, *, training: bool) -> int:
+    """Bytes, of a forward pass through a model of 4 heads, in training with the backward pass."""
+    model = JinaBertModel(tiny_config(vocab_size=100)).train(training)
+    ids = torch.randint(1, 100, mask.shape)
+    with torch.set_grad_enabled(training), LargestTensor() as recorder:
+        pooled = model(ids, attention_mask=mask).last_hidden_state.mean()
+        if training:
+            pooled.backward()
+    return recorder.bytes
 
 
-OPERATORS = {
-    operator._opoverload: operator._init_fn for operator in (cpu_attention.alibi_attention, cpu_attention._backward)
-}
-
-
-@pytest.mark.parametrize("kind", ["whole", "packed", "left padding"])
+@pytest.mark.parametrize("kind", ["whole", "packed"])
 @pytest.mark.parametrize("training", [False, True])
 def test_memory_is_linear_in_the_length(monkeypatch, kind, training):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the recorder is one thread's
-    model = JinaBertModel(tiny_config(vocab_size=100)).train(training)
-
-    def largest(length: int) -> int:
-        ids = torch.randint(1, 100, (2, length))
-        mask = torch.ones_like(ids)
-        if kind != "whole":
+    found = {}
+    for length in (1024, 4096):
+        mask = torch.ones(2, length, dtype=torch.int64)
+        if kind == "packed":
             mask[1, length // 2 :] = 0
-        if kind == "left padding":
-            mask = mask.flip(1)
-        with torch.set_grad_enabled(training), LargestTensor() as recorder:
-            pooled = model(ids, attention_mask=mask).last_hidden_state.mean()
-            if training:
-                pooled.backward()
-        return recorder.bytes
+        found[length] = largest_tensor(mask, training=training)
+    assert 0 < found[4096] <= 4.2 * found[1024]
+    assert found[4096] < 4096 * 4096
 
-    short, long = largest(1024), largest(4096)
-    assert short > 0
-    if kind != "left padding":
-        assert long <= 4.2 * short
-        assert long < 4096 * 4096
-    else:  # blocks of queries of a fixed number of scores
-        assert long <= max(4.2 * short, 8 * attention_module.BLOCK_SCORES)
+
+@pytest.mark.parametrize("training", [False, True])
+def test_memory_of_left_padding_is_that_of_a_block_of_queries(monkeypatch, training):
+    monkeypatch.setattr(attention_module, "BLOCK_SCORES", 2**20)  # as it is, the scores of 2,048 tokens are one block
+    mask = torch.ones(2, 2048, dtype=torch.int64)
+    mask[1, :1024] = 0
+    assert 0 < largest_tensor(mask, training=training) <= 8 * 2**20 < 4 * 4 * 2048 * 2048
 
 
 PEAK_MEMORY = """

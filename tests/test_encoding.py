@@ -119,6 +119,16 @@ def test_the_training_flag_is_restored(model):
         model.train(mode)
         model.encode("x")
         assert model.training is mode
+        with pytest.raises(ValueError, match="activate truncation"):
+            model.encode(TEXTS, return_tensors="pt")
+        assert model.training is mode
+
+
+def test_progress_counts_texts(model, capsys):
+    model.encode(TEXTS, show_progress_bar=True)
+    assert f"{len(TEXTS)}/{len(TEXTS)}" in capsys.readouterr().err
+    model.encode(TEXTS)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@ by cosine; names on the map do not overlap; a document is embedded whole; bad in
 runs offline on a random model and writes a PNG."""
 
 import shutil
+from itertools import combinations
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY, SHIPPED
+from matplotlib.figure import Figure
 
-from evaluation import demo
+from evaluation import demo, demo_map
 from modeling_jina_bert import JinaBertConfig, JinaBertModel
 
 SHIPPED_TEXTS = sorted((REPOSITORY / "evaluation" / "demo_library").glob("*.txt"))
@@ -61,9 +63,29 @@ def test_rank_by_cosine_with_stable_ties():
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 def test_projection_of_few_rows(rows):
-    points = demo.project(np.random.default_rng(0).normal(size=(rows, 8)).astype(np.float32))
+    points = demo_map.project(np.random.default_rng(0).normal(size=(rows, 8)).astype(np.float32))
     assert points.shape == (rows, 2)
     assert np.isfinite(points).all()
+
+
+def test_names_on_the_map_do_not_overlap():
+    labels = [demo.Document(path.stem, "").label for path in SHIPPED_TEXTS]
+    points = np.random.default_rng(0).normal(size=(len(labels), 2))
+    axes = Figure(figsize=(13, 9), dpi=120).add_subplot()
+    axes.scatter(*points.T)
+    overlaps = {}
+    for method in ("beside their dots", "moved apart"):
+        if method == "moved apart":
+            texts = demo_map.draw_labels(axes, points, labels=labels, colours=["black"] * len(labels))
+        else:
+            texts = [axes.text(*point, label) for point, label in zip(points, labels, strict=True)]
+        axes.figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in texts]
+        overlaps[method] = sum(bool(first.overlaps(second)) for first, second in combinations(boxes, 2))
+        for text in texts:
+            text.remove()
+    assert overlaps["beside their dots"] > 0
+    assert overlaps["moved apart"] == 0
 
 
 def test_the_shipped_library_states_its_sources():
@@ -106,13 +128,16 @@ def test_end_to_end(model_folder, library_folder, tmp_path, capsys):
 
 def test_documents_are_embedded_whole(model_folder):
     model = demo.load_model(str(model_folder))
-    document = demo.Document("long", "word " * 8999 + "end")
+    document = demo.Document("long", "word " * 8200 + "whale " * 800)
     library = demo.embed_library(model, [document])
     assert library.document_tokens == [9002]
     assert len(library.passages) == library.passage_vectors.shape[0] == 75
-    np.testing.assert_allclose(np.linalg.norm(library.document_vectors, axis=1), 1, rtol=1e-5)
-    truncated = model.encode(document.text, max_length=512, normalize_embeddings=True)
-    assert np.abs(library.document_vectors[0] - truncated).max() > 0
+    whole, cut = (
+        model.encode(document.text, truncation=truncation, normalize_embeddings=True) for truncation in (False, True)
+    )
+    np.testing.assert_allclose(library.document_vectors[0], whole, atol=1e-6)
+    assert np.abs(whole - cut).max() > 1e-3  # the last 800 words are beyond what `encode` takes by default
+    np.testing.assert_allclose(np.linalg.norm(library.passage_vectors, axis=1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -59,3 +60,33 @@ def test_same_content_same_masks_other_seed_other_masks(tokenizer, sequences):
     other = WholeWordMaskingCollator(tokenizer, seed=2)
     assert torch.equal(first(sequences[:3])["labels"], again(sequences[:3])["labels"])
     assert not torch.equal(first(sequences[:3])["labels"], other(sequences[:3])["labels"])
+
+
+def test_a_batch_that_comes_again_is_masked_differently(tokenizer, sequences):
+    """Later epochs: the visit counts, and a run that resumes there masks as the uninterrupted one."""
+    collator = WholeWordMaskingCollator(tokenizer, seed=1)
+    labels = []
+    for visit in range(3):
+        examples = [{**example, "visit": visit} for example in sequences[:4]]
+        labels.append(collator(examples)["labels"])
+        again = WholeWordMaskingCollator(tokenizer, seed=1)(examples)["labels"]
+        assert torch.equal(labels[-1], again)
+        chosen, given = (labels[-1] != IGNORED).sum(), sum(len(example["input_ids"]) for example in examples)
+        assert 0.2 < chosen / given < 0.4
+    assert torch.equal(labels[0], collator(sequences[:4])["labels"])  # the first visit is that of a plain example
+    assert not torch.equal(labels[0], labels[1])
+    assert not torch.equal(labels[1], labels[2])
+
+
+def test_arrays_and_padding(tokenizer):
+    """Compact arrays give what lists give; what is padded is on the right and never chosen."""
+    collator = WholeWordMaskingCollator(tokenizer, probability=0.99, seed=1)
+    rows = [tokenizer("one " * count)["input_ids"] for count in (3, 40, 1)]
+    batch = collator([{"input_ids": ids} for ids in rows])
+    arrays = collator([{"input_ids": np.array(ids, dtype=np.uint16)} for ids in rows])
+    for name, tensor in batch.items():
+        assert torch.equal(arrays[name], tensor)
+    assert batch["attention_mask"].tolist() == [[1] * len(ids) + [0] * (42 - len(ids)) for ids in rows]
+    assert (batch["labels"] != IGNORED).sum() > 30
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()

@@ -13,7 +13,10 @@ from modeling_jina_bert import JinaBertConfig, JinaBertModel
 from training.recipe import ContrastiveRecipe, MLMRecipe, RecipeError, Source, load_recipe, training_arguments
 from training.sources import check_columns, open_source, sequences
 
-RECIPES = sorted((REPOSITORY / "training" / "recipes").glob("*.yaml"))
+RECIPES = sorted(
+    path for path in (REPOSITORY / "training" / "recipes").glob("*.yaml") if not path.stem.startswith("corpus-")
+)
+"""Those of the three stages; test_corpus.py has those of corpus preparation."""
 
 
 def schema_of(path):

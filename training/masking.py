@@ -2,12 +2,14 @@
 
 Law: words are chosen, not tokens: all pieces of a word are predicted or none is. Of the chosen tokens 80 % become
 [MASK], 10 % a random token, 10 % stay. Special tokens and padding are never chosen. The choice is a function of
-(seed, batch content): it needs no state, so a resumed run masks as the uninterrupted one.
+(seed, batch content, how often each text was seen before): it needs no state, so a resumed run masks as the
+uninterrupted one, and a batch that comes again in a later epoch is masked differently.
 """
 
 import zlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -75,15 +77,24 @@ class WholeWordMaskingCollator:
         self._special[[i for token, i in vocabulary.items() if token.startswith("[unused")]] = True
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = self.tokenizer.pad([{"input_ids": e["input_ids"]} for e in examples], return_tensors="pt")
-        # TRAP: torch's CPU generator reads the low 32 bits of a seed only; both parts have to be in them.
-        generator = torch.Generator().manual_seed(zlib.crc32(batch["input_ids"].numpy().tobytes(), self.seed))
+        """Pads and masks `input_ids` of the examples; `visit`, 0 if missing, counts how often each was seen before."""
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        padded = np.full((len(examples), int(lengths.max())), self.tokenizer.pad_token_id, dtype=np.int64)
+        for row, example in zip(padded, examples, strict=True):
+            row[: len(example["input_ids"])] = example["input_ids"]
+        # TRAP: torch's CPU generator reads the low 32 bits of a seed only; all parts have to be in them.
+        seed = zlib.crc32(padded.tobytes(), self.seed)
+        visits = [example.get("visit", 0) for example in examples]
+        if any(visits):
+            seed = zlib.crc32(np.array(visits, dtype=np.int64).tobytes(), seed)
+        generator = torch.Generator().manual_seed(seed)
         input_ids, labels = mask_whole_words(
-            batch["input_ids"],
+            torch.from_numpy(padded),
             continues_word=self._continues_word,
             special=self._special,
             mask_token_id=self.tokenizer.mask_token_id,
             probability=self.probability,
             generator=generator,
         )
-        return {"input_ids": input_ids, "attention_mask": batch["attention_mask"], "labels": labels}
+        attention_mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

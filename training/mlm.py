@@ -1,45 +1,129 @@
 """Stage I: masked language modelling, from raw text to a backbone.
 
     python -m training.mlm --config training/recipes/tiny-mlm.yaml data_dir=DATA output_dir=RUN
+    accelerate launch --config_file training/accelerate/ddp.yaml -m training.mlm --config RECIPE ...
 
 COST: the logits exist at masked positions only (`sparse_prediction`), 30 % of (tokens x vocabulary).
 """
 
+import itertools
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from modeling_jina_bert import JinaBertConfig, JinaBertForMaskedLM
 
+from .control import SparseBertForMaskedLM
 from .masking import IGNORED, WholeWordMaskingCollator
-from .recipe import MLMRecipe, RecipeError, command_line, load_recipe, training_arguments
-from .run import RunRecorder, check_checkpoint, exit_on_recipe_error, resume_checkpoint
-from .sources import sequences
+from .monitor import Monitor, summed
+from .packing import Progress, Reader, Tally, TrainingBatches, data_loader, load_progress
+from .recipe import MLMRecipe, RecipeError, accumulation_steps, command_line, load_recipe, training_arguments
+from .run import RunRecorder, TrainingDiverged, check_checkpoint, exit_on_recipe_error, resume_checkpoint
+from .sources import open_sources, sequences
 
 logger = logging.getLogger(__name__)
 
+_ARCHITECTURES: dict[str, tuple[type, type]] = {
+    "jina_bert": (JinaBertConfig, JinaBertForMaskedLM),
+    "bert": (BertConfig, SparseBertForMaskedLM),  # the control: learned absolute positions
+}
 
-def build_model(recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase) -> JinaBertForMaskedLM:
-    """A freshly initialised model of the recipe's shape.
+
+def build_model(recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A freshly initialised model of the recipe's architecture and shape.
 
     Raises:
-        RecipeError: An unknown field, or a vocabulary smaller than the tokenizer's.
+        RecipeError: An unknown architecture or field, or a vocabulary smaller than the tokenizer's.
     """
-    fields = set(JinaBertConfig.__dataclass_fields__)
-    unknown = sorted(set(recipe.model) - fields)
+    if recipe.architecture not in _ARCHITECTURES:
+        raise RecipeError(f"architecture={recipe.architecture!r} is none of {', '.join(_ARCHITECTURES)}.")
+    config_class, model_class = _ARCHITECTURES[recipe.architecture]
+    fields = {name: value for name, value in recipe.model.items() if value is not None}
+    unknown = sorted(set(fields) - set(config_class.__dataclass_fields__))
     if unknown:
-        raise RecipeError(f"model.{unknown[0]} is not a field of JinaBertConfig.")
-    config = JinaBertConfig(**recipe.model, sparse_prediction=True)
+        raise RecipeError(f"model.{unknown[0]} is not a field of {config_class.__name__}.")
+    config = config_class(**fields)
+    if config_class is JinaBertConfig:
+        config.sparse_prediction = True
+    elif recipe.max_length > config.max_position_embeddings:
+        raise RecipeError(
+            f"max_length={recipe.max_length} is above model.max_position_embeddings={config.max_position_embeddings}."
+        )
     if len(tokenizer) > config.vocab_size:
         raise RecipeError(f"model.vocab_size={config.vocab_size} is below the tokenizer's {len(tokenizer)} entries.")
-    return JinaBertForMaskedLM(config)
+    return model_class(config)
 
 
 class MLMTrainer(Trainer):
-    """Trainer whose evaluation reports masked accuracy from sparse logits."""
+    """Trainer that takes the batches of `TrainingBatches`, and whose evaluation reports masked accuracy.
+
+    Args:
+        monitor: Told what is trained on and what came of it.
+        finished: Whether a checkpoint to resume from has all of `max_steps`.
+        **kwargs: Of Trainer; `train_dataset` are `TrainingBatches`.
+    """
+
+    def __init__(self, *, monitor: Monitor, finished: bool = False, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.monitor, self._finished = monitor, finished
+        self.add_callback(monitor)
+        self._model_class = type(self.model)
+
+    def get_train_dataloader(self) -> DataLoader:
+        # Not prepared by accelerate: each process already reads a share of its own.
+        # NOTE: resuming a finished run, the Trainer would take one step more.
+        return DataLoader([]) if self._finished else data_loader(self.train_dataset, self.args)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(self._reported(epoch_iterator), num_batches, device)
+
+    def _reported(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in batches:
+            self.monitor.add_report(batch.pop("report"))
+            yield batch
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.monitor.add_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.monitor.grad_norm = None if norm is None else float(norm)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.monitor.throughput(self.args.device))
+        elif "train_loss" in logs:  # the last entry of the training itself
+            logs.update(self.monitor.summary(self.args.device))
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None):
+        if not self.is_fsdp_enabled:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_plain(self._model_class, self.model.config, state_dict, output_dir)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -54,13 +138,127 @@ class MLMTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._correct = self._predicted = 0
         metrics = super().evaluate(*args, **kwargs)
-        accuracy = {"eval_accuracy": self._correct / max(self._predicted, 1), "eval_masked_tokens": self._predicted}
+        correct, predicted = summed([self._correct, self._predicted], self.args.device)
+        accuracy = {"eval_accuracy": correct / max(predicted, 1), "eval_masked_tokens": int(predicted)}
         self.log(accuracy)
         return metrics | accuracy
 
 
+def stage_arguments(recipe: MLMRecipe) -> TrainingArguments:
+    """The Trainer's arguments, the fields that this stage decides among them.
+
+    Raises:
+        RecipeError: A field or value that cannot be trained with.
+    """
+    if recipe.training.get("torch_compile"):
+        raise RecipeError("training.torch_compile recompiles for every length; set compile: true instead.")
+    if recipe.training.get("save_total_limit") == 1:
+        raise RecipeError("training.save_total_limit=1: a run that is killed while saving would leave nothing; use 2.")
+    decided = {
+        "remove_unused_columns": False,
+        "ignore_data_skip": True,  # the position of the data comes from the checkpoint
+        "logging_nan_inf_filter": False,  # it hides what the monitor looks for, and synchronises at every batch
+    }
+    if "ddp_find_unused_parameters" not in recipe.training:
+        decided["ddp_find_unused_parameters"] = False  # every parameter takes part in every step
+    if recipe.global_batch_size is not None and "gradient_accumulation_steps" not in recipe.training:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch say it
+        decided["gradient_accumulation_steps"] = accumulation_steps(recipe, processes)
+    arguments = training_arguments(TrainingArguments, recipe, **decided)
+    if arguments.max_steps <= 0:
+        raise RecipeError("training.max_steps must be set: the corpus is a stream without a length.")
+    if arguments.n_gpu > 1:
+        raise RecipeError(
+            f"{arguments.n_gpu} GPUs in one process: start with accelerate launch --config_file "
+            "training/accelerate/ddp.yaml -m training.mlm ..., or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    return arguments
+
+
+def heldout_sequences(
+    recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase, arguments: TrainingArguments
+) -> list[dict[str, Any]] | None:
+    """The sequences to evaluate on: those of `heldout`, then of the sources' `heldout_share`; None without any.
+
+    Raises:
+        RecipeError: Too few of them for the processes.
+    """
+    shares = [source for source in recipe.sources if source.heldout_share > 0]
+    parts = [sequences(recipe, recipe.heldout, tokenizer)] if recipe.heldout else []
+    parts += [sequences(recipe, shares, tokenizer, heldout=True)] if shares else []
+    if not parts:
+        return None
+    rows = itertools.islice(itertools.chain.from_iterable(parts), recipe.heldout_sequences)
+    found = [{**row, "input_ids": np.array(row["input_ids"], dtype=np.int32)} for row in rows]
+    if arguments.world_size > 1:
+        # Equal batches on all processes: otherwise some sequences would be evaluated twice to fill the last ones up.
+        together = arguments.world_size * arguments.eval_batch_size
+        found = found[: len(found) // together * together]
+    if not found:
+        raise RecipeError(
+            f"heldout: no sequences, or fewer than {arguments.world_size} x {arguments.eval_batch_size} "
+            "(processes x training.per_device_eval_batch_size)."
+        )
+    return found
+
+
+def trained_steps(checkpoint: str | None) -> int:
+    """Optimiser steps of a checkpoint; 0 for None."""
+    if checkpoint is None:
+        return 0
+    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+
+
+def training_batches(
+    recipe: MLMRecipe, collator: WholeWordMaskingCollator, arguments: TrainingArguments, checkpoint: str | None
+) -> tuple[TrainingBatches, Tally]:
+    """The data of this process from where a checkpoint left them, and what was trained on before it."""
+    reader = Reader(arguments.process_index, arguments.world_size, arguments.dataloader_num_workers)
+    progress, total = Progress.after(0, reader), Tally()
+    if checkpoint is not None:
+        found = load_progress(Path(checkpoint), reader)
+        if found is not None:
+            progress, total = found
+        else:
+            steps = trained_steps(checkpoint)
+            logger.warning("%s does not say where its data were: reading those of %d steps again", checkpoint, steps)
+            progress = Progress.after(steps * arguments.gradient_accumulation_steps, reader)
+    opened = open_sources(recipe, recipe.sources, collator.tokenizer)
+    size = arguments.per_device_train_batch_size
+    return TrainingBatches(opened, recipe, collator, size, reader, progress), total
+
+
+def build_trainer(recipe: MLMRecipe, arguments: TrainingArguments, checkpoint: str | None) -> MLMTrainer:
+    """Model, data and monitor of a recipe, the data where the checkpoint to resume from left them.
+
+    Raises:
+        RecipeError: Anything wrong with the recipe, its data or the checkpoint.
+    """
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+    tokenizer.model_max_length = max(tokenizer.model_max_length, 8192)  # of the saved tokenizer
+    model = build_model(recipe, tokenizer)
+    check_checkpoint(checkpoint, model.config)
+    collator = WholeWordMaskingCollator(tokenizer, recipe.mlm_probability, arguments.seed)
+    batches, total = training_batches(recipe, collator, arguments, checkpoint)
+    trainer = MLMTrainer(
+        monitor=Monitor(model.config, recipe=recipe, reader=batches.reader, progress=batches.progress, total=total),
+        finished=trained_steps(checkpoint) >= arguments.max_steps,
+        model=model,
+        args=arguments,
+        train_dataset=batches,
+        eval_dataset=heldout_sequences(recipe, tokenizer, arguments),
+        data_collator=collator,
+    )
+    if trainer.is_fsdp_enabled:
+        hold_parameters_once(model)
+    if recipe.compile:
+        model.base_model.encoder.compile(dynamic=True)
+    return trainer
+
+
 def train(recipe: MLMRecipe, *, resume: bool | str | None = None) -> Path:
-    """Runs stage I.
+    """Runs stage I, in every process of a distributed run alike.
 
     Args:
         recipe: What to train.
@@ -71,43 +269,78 @@ def train(recipe: MLMRecipe, *, resume: bool | str | None = None) -> Path:
 
     Raises:
         RecipeError: Before the first step, for anything wrong with the recipe or its data.
+        TrainingDiverged: The loss or its gradient is not finite, or the loss rose by `max_loss_rise`.
     """
     checkpoint = resume_checkpoint(recipe.output_dir, resume)
-    arguments = training_arguments(TrainingArguments, recipe, remove_unused_columns=False)
-    if arguments.max_steps <= 0:
-        raise RecipeError("training.max_steps must be set: the corpus is a stream without a length.")
-    set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
-    # Length warnings of the tokenizer do not apply: documents are cut or split here.
-    tokenizer.model_max_length = max(tokenizer.model_max_length, 8192)
-    model = build_model(recipe, tokenizer)
-    check_checkpoint(checkpoint, model.config)
-    stream = sequences(recipe, recipe.sources, tokenizer)
-    heldout = None
-    if recipe.heldout:
-        heldout = list(sequences(recipe, recipe.heldout, tokenizer).take(recipe.heldout_sequences))
-    trainer = MLMTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=stream.shuffle(seed=arguments.seed, buffer_size=recipe.shuffle_buffer),
-        eval_dataset=heldout,
-        data_collator=WholeWordMaskingCollator(tokenizer, recipe.mlm_probability, arguments.seed),
-        callbacks=[RunRecorder(recipe)],
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if heldout:
+    arguments = stage_arguments(recipe)
+    trainer = build_trainer(recipe, arguments, checkpoint)
+    recorder = RunRecorder(recipe)
+    trainer.add_callback(recorder)  # the last to write into checkpoints
+    if arguments.world_size > 1:
+        torch.manual_seed(arguments.seed + arguments.process_index)  # dropout of its own in every process
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except TrainingDiverged as error:
+        if trainer.is_world_process_zero():
+            recorder.write(recipe.output_dir, trainer.state.global_step, {"stopped": str(error)})
+        raise
+    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_accuracy" in entry}
+    if trainer.eval_dataset and trainer.state.global_step not in evaluated:
         trainer.evaluate()
+    return save_final(trainer, recipe)
+
+
+def save_plain(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, state_dict: dict[str, torch.Tensor], folder: str
+):
+    """Saves weights that were gathered from sharded parameters, as the model they belong to.
+
+    TRAP: FSDP changes the class of the model it shards. Saved through that class, the code beside the weights would be
+    torch's file, and the folder would not load.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    for tied, owner in model_class._tied_weights_keys.items():
+        state_dict.setdefault(owner, state_dict[tied])
+    model.load_state_dict(state_dict, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+
+
+def hold_parameters_once(model: PreTrainedModel):
+    """Takes the second name of the prediction bias away, before a model is sharded.
+
+    TRAP: torch 2.13 refuses to shard a parameter that two groups of modules have, and accelerate puts the decoder,
+    with its bias, and the head, which names the same bias, into two. `save_plain` gives the name back.
+    """
+    predictions = model.cls.predictions
+    if predictions.bias is predictions.decoder.bias:
+        del predictions.bias
+
+
+def save_final(trainer: MLMTrainer, recipe: MLMRecipe) -> Path:
+    """Saves the trained model, gathered from all processes, with its code and tokenizer."""
     final = Path(recipe.output_dir) / "final"
-    trainer.model.config.sparse_prediction = False
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    if recipe.architecture == "jina_bert":
+        config.sparse_prediction = False
     trainer.save_model(str(final))
-    tokenizer.save_pretrained(final)
+    if trainer.is_world_process_zero():
+        if recipe.architecture == "bert":  # config.json names the class that saved it
+            BertForMaskedLM.from_pretrained(final).save_pretrained(final)
+        trainer.data_collator.tokenizer.save_pretrained(final)
+    trainer.accelerator.wait_for_everyone()
     return final
 
 
 def main():
     arguments = command_line("Stage I: masked language modelling.")
     recipe = load_recipe(MLMRecipe, arguments.config, arguments.overrides)
-    print(f"stage I finished: {train(recipe, resume=arguments.resume)}")
+    final = train(recipe, resume=arguments.resume)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"stage I finished: {final}")
 
 
 if __name__ == "__main__":

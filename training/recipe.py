@@ -6,6 +6,7 @@ names it; what ran (defaults and overrides included) is written beside every che
 
 import argparse
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,9 @@ class Source:
         split: Split of the data set.
         weight: Sampling weight; sources are drawn by size times weight (stages II and III) or by weight (stage I).
         text: Column with the text (stage I).
+        tokens: Column with token ids of whole documents, without special tokens, in place of `text` (stage I).
+        heldout_share: Share of the documents, chosen by a hash of their content, that is evaluated and not trained on;
+            for sources without a split of their own (stage I).
         anchor: Column with the query (stages II and III).
         positive: Column with the matching text (stages II and III).
         negatives: Column with a hard negative or a list of them, or a pattern of columns ("negative_*") (stage III).
@@ -47,6 +51,8 @@ class Source:
     split: str = "train"
     weight: float = 1.0
     text: str = "text"
+    tokens: str | None = None
+    heldout_share: float = 0.0
     anchor: str = "query"
     positive: str = "positive"
     negatives: str = "negatives"
@@ -60,21 +66,32 @@ class MLMRecipe:
     Attributes:
         output_dir: Folder of the checkpoints, the log and the final model.
         tokenizer: Folder or Hub name of the tokenizer.
-        model: Fields of `JinaBertConfig` (the architecture).
+        architecture: "jina_bert", or "bert" for the control with learned absolute positions.
+        model: Fields of `JinaBertConfig`, or of transformers' `BertConfig` for the control; null takes back
+            what the recipe extends says of a field.
         data_dir: Root of the sources' paths.
         sources: What to train on, mixed by weight.
-        heldout: Evaluated for loss and masked accuracy at the end and every `training.eval_steps`; may be empty.
+        heldout: Evaluated for loss and masked accuracy at the end and every `training.eval_steps`, together with the
+            `heldout_share` of the sources; may be empty.
         max_length: Tokens of a sequence, [CLS] and [SEP] included.
         long_documents: "cut" keeps the first `max_length` tokens of a document (the paper's reading of C4), "split"
-            makes consecutive sequences of it and loses nothing (books).
+            makes consecutive sequences of it and loses nothing (books). "pack" splits, and fills batches up to
+            `training.per_device_train_batch_size` times `max_length` real tokens, whatever the number of rows.
         mlm_probability: Expected share of masked tokens; whole words.
-        shuffle_buffer: Sequences held for shuffling the stream.
+        shuffle_buffer: Sequences held for shuffling the stream, by each data loader worker.
         heldout_sequences: Sequences of the held-out sources that are evaluated.
+        global_batch_size: Sequences of an optimiser step over all processes; gradient accumulation follows from it.
+            None, or `training.gradient_accumulation_steps` where it is given, leaves it to the latter.
+        compile: Whether to compile the layers (torch.compile, once for all lengths).
+        peak_tflops: Peak of one device at the precision of the training, in 1e12 operations a second, to log MFU by.
+        max_loss_rise: How far, in nats, the running mean of the training loss may rise above its lowest value before
+            the run stops; None never stops it. A loss that is not finite always does.
         training: Fields of `transformers.TrainingArguments`.
     """
 
     output_dir: str = MISSING
     tokenizer: str = MISSING
+    architecture: str = "jina_bert"
     model: dict[str, Any] = field(default_factory=dict)
     data_dir: str = "."
     sources: list[Source] = field(default_factory=list)
@@ -84,6 +101,10 @@ class MLMRecipe:
     mlm_probability: float = 0.3
     shuffle_buffer: int = 10_000
     heldout_sequences: int = 512
+    global_batch_size: int | None = None
+    compile: bool = False
+    peak_tflops: float | None = None
+    max_loss_rise: float | None = 1.0
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -170,8 +191,10 @@ def training_arguments(cls: type, recipe: Any, **fixed: Any) -> Any:
         **fixed: Fields that the stage decides.
 
     Raises:
-        RecipeError: A field that `cls` does not have, or that the stage decides itself, or a value it refuses.
+        RecipeError: A field that `cls` does not have, or that the stage decides itself, or a value it refuses; an
+            optional package that a field needs and that is not installed.
     """
+    check_packages(recipe.training)
     known = {f.name for f in dataclasses.fields(cls)}
     for key in recipe.training:
         if key not in known:
@@ -182,6 +205,42 @@ def training_arguments(cls: type, recipe: Any, **fixed: Any) -> Any:
         return cls(output_dir=recipe.output_dir, **recipe.training, **fixed)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"training: {error}") from error
+
+
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+
+
+def check_packages(training: dict[str, Any]):
+    """Raises `RecipeError` if `report_to` or `deepspeed` needs a package that is not installed, or is unknown."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # seconds; only to train
+
+    trackers = training.get("report_to") or []
+    for tracker in [trackers] if isinstance(trackers, str) else trackers:
+        if tracker not in ("none", "all", *INTEGRATION_TO_CALLBACK):
+            raise RecipeError(f"training.report_to: {tracker} is none of {', '.join(INTEGRATION_TO_CALLBACK)}.")
+        packages = _TRACKERS.get(tracker, ())
+        if packages and not any(map(importlib.util.find_spec, packages)):
+            raise RecipeError(f'training.report_to: {tracker} is not installed; pip install -e ".[tracking]".')
+    if training.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise RecipeError('training.deepspeed: deepspeed is not installed; pip install -e ".[deepspeed]".')
+
+
+def accumulation_steps(recipe: MLMRecipe, processes: int) -> int:
+    """Batches of a process that make an optimiser step, so that all processes together see `global_batch_size`.
+
+    Raises:
+        RecipeError: No number of batches makes it.
+    """
+    explicit = recipe.training.get("gradient_accumulation_steps")
+    if recipe.global_batch_size is None or explicit is not None:
+        return int(explicit or 1)
+    batch = int(recipe.training.get("per_device_train_batch_size", 8))
+    if recipe.global_batch_size < 1 or recipe.global_batch_size % (batch * processes):
+        raise RecipeError(
+            f"global_batch_size={recipe.global_batch_size} is not a multiple of {batch * processes}: "
+            f"training.per_device_train_batch_size={batch} on {processes} processes."
+        )
+    return recipe.global_batch_size // (batch * processes)
 
 
 def command_line(description: str) -> argparse.Namespace:
@@ -196,6 +255,10 @@ def command_line(description: str) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.max_steps=100")
     arguments = parser.parse_args()
+    if isinstance(arguments.resume, str) and "=" in arguments.resume and not Path(arguments.resume).exists():
+        # "--resume key=value": the first override is no checkpoint.
+        arguments.overrides.insert(0, arguments.resume)
+        arguments.resume = True
     for override in arguments.overrides:
         if "=" not in override:
             parser.error(f"{override!r} is not of the form key=value")

@@ -1,21 +1,36 @@
-"""What the three stages share around a Trainer: the log, the recipe beside checkpoints, resuming."""
+"""What the three stages share around a Trainer: the log, the recipe beside checkpoints, resuming.
+
+Law: a checkpoint that is resumed from is whole. The file that says so is written last, after all processes have
+written theirs, and lists every other file with its size.
+"""
 
 import json
+import logging
+import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PreTrainedConfig, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .recipe import RecipeError, save_recipe
 
+logger = logging.getLogger(__name__)
+
+_WHOLE = "complete.json"
+
+
+class TrainingDiverged(RuntimeError):
+    """Training was stopped because going on makes no sense; the message says at which step, why and where to look."""
+
 
 class RunRecorder(TrainerCallback):
-    """Appends every log entry to `log.jsonl` and writes `recipe.yaml` beside every checkpoint.
+    """Appends every log entry to `log.jsonl`, writes `recipe.yaml` beside every checkpoint and marks it as whole.
 
-    Entries carry `step`, `seconds` since this process started training, and what the Trainer logged.
+    Entries carry `step`, `seconds` since this process started training, and what the Trainer logged. It has to be the
+    last callback that writes into checkpoints.
     """
 
     def __init__(self, recipe: Any):
@@ -23,17 +38,60 @@ class RunRecorder(TrainerCallback):
         self.started = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        save_recipe(self.recipe, args.output_dir)
+        if state.is_world_process_zero:
+            save_recipe(self.recipe, args.output_dir)
         self.started = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            entry = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 1), **(logs or {})}
-            with open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            self.write(args.output_dir, state.global_step, logs or {})
+
+    def write(self, output_dir: str, step: int, entry: dict[str, Any]):
+        """Appends one entry to the log."""
+        seconds = round(time.monotonic() - self.started, 1)
+        with open(Path(output_dir) / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "seconds": seconds, **entry}) + "\n")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save and state.is_world_process_zero:
+            # A checkpoint of this step may be there, of a run that was resumed from an earlier one.
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).unlink(missing_ok=True)
 
     def on_save(self, args, state, control, **kwargs):
-        save_recipe(self.recipe, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_recipe(self.recipe, checkpoint)
+            mark_whole(checkpoint)
+
+
+def mark_whole(checkpoint: Path):
+    """Writes the list of a checkpoint's files and their sizes in bytes: it was written to the end."""
+    sizes = {
+        str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()
+    }
+    (checkpoint / _WHOLE).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to the end and nothing of it was deleted since."""
+    try:
+        sizes = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        # Versions without the list wrote the recipe last.
+        return (checkpoint / "recipe.yaml").is_file() and (checkpoint / "trainer_state.json").is_file()
+    except ValueError:  # killed while it was written
+        return False
+    sizes.pop(_WHOLE, None)
+    return all(
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
+    )
+
+
+def checkpoints(output_dir: str) -> list[Path]:
+    """The checkpoints of a run, the last one first, whole or not."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def resume_checkpoint(output_dir: str, resume: bool | str | None) -> str | None:
@@ -41,23 +99,27 @@ def resume_checkpoint(output_dir: str, resume: bool | str | None) -> str | None:
 
     Args:
         output_dir: Folder of the run.
-        resume: None starts anew, True takes the last checkpoint of `output_dir`, a string names one.
+        resume: None starts anew, True takes the last whole checkpoint of `output_dir`, a string names one.
 
     Raises:
         RecipeError: There is none; or a new run would write into the checkpoints of an old one.
     """
-    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    found = checkpoints(output_dir)
     if resume is None:
-        if last is not None:
-            raise RecipeError(f"{last} exists: pass --resume to go on from it, or another output_dir.")
+        if found:
+            raise RecipeError(f"{found[0]} exists: pass --resume to go on from it, or another output_dir.")
         return None
-    if resume is True:
-        if last is None:
-            raise RecipeError(f"--resume: there is no checkpoint in {output_dir}.")
-        return last
-    if not (Path(resume) / "trainer_state.json").is_file():
-        raise RecipeError(f"--resume: {resume} is not a checkpoint (no trainer_state.json).")
-    return str(resume)
+    if resume is not True:
+        if not (Path(resume) / "trainer_state.json").is_file():
+            raise RecipeError(f"--resume: {resume} is not a checkpoint (no trainer_state.json).")
+        return str(resume)
+    for checkpoint in found:
+        if is_whole(checkpoint):
+            logger.info("resuming from %s", checkpoint)
+            return str(checkpoint)
+        logger.warning("%s is not whole (the run was killed while writing it): looking before it", checkpoint)
+    incomplete = f" ({len(found)} are not whole)" if found else ""
+    raise RecipeError(f"--resume: there is no checkpoint in {output_dir}{incomplete}.")
 
 
 _SHAPE = (
@@ -72,17 +134,27 @@ def check_checkpoint(checkpoint: str | None, config: PreTrainedConfig):
         return
     saved = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
     for name in _SHAPE:
-        if saved.get(name) != getattr(config, name):
+        wanted = getattr(config, name, None)
+        if saved.get(name) != wanted:
             raise RecipeError(
                 f"{checkpoint} is a checkpoint of another model: its {name} is {saved.get(name)!r}, "
-                f"the recipe's is {getattr(config, name)!r}."
+                f"the recipe's is {wanted!r}."
             )
 
 
 def exit_on_recipe_error(main):
-    """Runs an entry point; a `RecipeError` ends it with one line and status 2 instead of a traceback."""
+    """Runs an entry point; what is wrong with the recipe ends it with one line and status 2, divergence with status 1.
+
+    What this package logs (which checkpoint is taken, what is odd) goes to stderr.
+    """
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger(__package__).setLevel(logging.INFO)
     try:
         main()
     except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # One that comes out of a data loader's worker carries its traceback before the message.
+        print(f"error: {str(error).rpartition('RecipeError: ')[2].strip()}", file=sys.stderr)
         sys.exit(2)
+    except TrainingDiverged as error:
+        print(f"\nstopped: {error}", file=sys.stderr)  # below the progress bar
+        sys.exit(1)

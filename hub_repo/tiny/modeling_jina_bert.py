@@ -33,6 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .alibi import alibi_slopes
 from .attention import ATTENTION_FUNCTIONS, eager_attention
 from .checkpoints import PublishedCheckpointMixin
+from .chunking import EncodeChunksMixin
 from .configuration_jina_bert import JinaBertConfig
 from .encoding import EncodeMixin
 from .packing import Sequences
@@ -273,8 +274,8 @@ class JinaBertPreTrainedModel(PublishedCheckpointMixin, PreTrainedModel):
             init.zeros_(module.bias)
 
 
-class JinaBertModel(EncodeMixin, JinaBertPreTrainedModel):
-    """The encoder. `encode` turns texts into embeddings; `forward` gives hidden states.
+class JinaBertModel(EncodeMixin, EncodeChunksMixin, JinaBertPreTrainedModel):
+    """The encoder. `encode` embeds texts, `encode_chunks` the parts of texts; `forward` gives hidden states.
 
     Args:
         config: The model configuration.

@@ -1,0 +1,414 @@
+"""Stage I as a run: what it computes, what it says, when it stops, and that it goes on where it was killed."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, SHIPPED, tiny_config
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, TrainerControl, TrainerState, TrainingArguments
+
+from modeling_jina_bert import JinaBertConfig, JinaBertForMaskedLM
+from training import mlm
+from training.masking import WholeWordMaskingCollator
+from training.monitor import Monitor, training_flops
+from training.packing import Progress, Reader, Report, Tally
+from training.recipe import MLMRecipe, RecipeError, accumulation_steps, command_line, load_recipe
+from training.run import TrainingDiverged, checkpoints, exit_on_recipe_error, is_whole, mark_whole, resume_checkpoint
+
+RECIPES = REPOSITORY / "training" / "recipes"
+OVERRIDES = [
+    f"tokenizer={SHIPPED}", f"data_dir={REPOSITORY / 'tests' / 'data'}",
+    "sources=[{name: facts, path: corpus.jsonl, heldout_share: 0.1}]", "heldout=[]",
+    "model={vocab_size: 30528, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 24}",
+    "model.hidden_dropout_prob=0.1", "max_length=32", "long_documents=pack", "shuffle_buffer=50",
+    "heldout_sequences=8", "training.max_steps=6", "training.save_steps=2", "training.learning_rate=0.003",
+    "training.save_total_limit=null", "training.per_device_train_batch_size=4", "training.logging_steps=1",
+    "training.warmup_steps=1", "training.disable_tqdm=true", "training.use_cpu=true",
+]  # fmt: skip
+
+
+def recipe(output, *overrides) -> MLMRecipe:
+    return load_recipe(MLMRecipe, RECIPES / "tiny-mlm.yaml", [f"output_dir={output}", *OVERRIDES, *overrides])
+
+
+def log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(folder, other):
+    expected, found = (load_file(Path(path) / "model.safetensors") for path in (folder, other))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+
+
+WORKERS = ("training.dataloader_num_workers=2", "training.gradient_accumulation_steps=3")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with two workers, three batches a step, packed batches and held-out documents; uninterrupted."""
+    folder = tmp_path_factory.mktemp("run")
+    mlm.train(recipe(folder, "peak_tflops=0.001", *WORKERS))
+    return folder
+
+
+def test_the_log_says_what_was_trained_on(run):
+    entries = log(run)
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
+    for previous, entry in zip([{"tokens": 0}, *steps], steps, strict=False):
+        # three batches of at most 4 x 32 tokens; the next sequence would not have fitted
+        assert 3 * 96 < entry["tokens"] - previous["tokens"] <= 3 * 128
+        assert entry["tokens_per_second"] > 0
+        assert 0 < entry["mfu"] < 10
+        assert 0 <= entry["padding_share"] < 0.5
+        assert entry["lost_share"] == 0
+    assert steps[-1]["loss"] < steps[0]["loss"] + 0.5
+    end = next(entry for entry in entries if "train_loss" in entry)
+    assert end["data_tokens_kept"] == end["data_tokens_read"] == steps[-1]["tokens"] - 2 * end["data_sequences"]
+    assert end["data_tokens_lost"] == 0
+    state = json.loads((run / "checkpoint-6" / "data-process0.json").read_text())
+    assert state["total"]["tokens"] == steps[-1]["tokens"]
+    assert [batches for batches, _ in state["own"].values()] == [9, 9]
+    assert entries[-1]["eval_masked_tokens"] > 10
+
+
+def test_mfu_is_the_models_work_over_the_peak(run):
+    entries = [entry for entry in log(run) if "mfu" in entry]
+    config = JinaBertConfig(**recipe(run).model)
+    # All rows are nearly full: 32 tokens, 30 % of them predicted. The measured window has its own lengths.
+    tokens = entries[1]["tokens"] - entries[0]["tokens"]
+    estimate = training_flops(config, Tally(tokens // 32, tokens, tokens, tokens * 32, int(0.28 * tokens), 0))
+    rate = entries[1]["tokens_per_second"] / tokens * estimate
+    assert entries[1]["mfu"] == pytest.approx(rate / 1e9, rel=0.3)
+
+
+@pytest.mark.parametrize("architecture", ["jina_bert", "bert"])
+def test_flops_are_those_of_torchs_counter(architecture):
+    shape = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80}
+    if architecture == "bert":
+        from training.control import SparseBertForMaskedLM
+
+        model = SparseBertForMaskedLM(BertConfig(vocab_size=700, attn_implementation="eager", **shape))
+    else:
+        model = JinaBertForMaskedLM(tiny_config(vocab_size=700, sparse_prediction=True, **shape))
+        model.set_attn_implementation("eager")
+    ids = torch.randint(1, 700, (3, 20))
+    labels = torch.where(torch.rand(ids.shape) < 0.3, ids, -100)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    masked = int((labels != -100).sum())
+    # Forward in evaluation mode: nothing is computed twice there. The backward pass of a product are two products.
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(**inputs)
+    tally = Tally(sequences=3, tokens=60, positions=60, pairs=3 * 400, masked=masked)
+    assert 3 * counter.get_total_flops() == pytest.approx(training_flops(model.config, tally), rel=0.01)
+
+
+def test_a_sequence_in_a_packed_batch_trains_as_it_does_alone(tokenizer):
+    """Loss and gradients: nothing attends across rows, and padding takes no part."""
+    torch.manual_seed(0)
+    model = JinaBertForMaskedLM(tiny_config(vocab_size=30528, sparse_prediction=True)).train()
+    lines = (REPOSITORY / "tests" / "data" / "corpus.jsonl").read_text().splitlines()[:5]
+    texts = [json.loads(line)["text"][:length] for line, length in zip(lines, (40, 900, 200, 7, 300), strict=True)]
+    batch = WholeWordMaskingCollator(tokenizer)([{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]])
+    count = int((batch["labels"] != -100).sum())
+
+    def loss_and_gradients(rows: list[dict]) -> tuple[float, list[torch.Tensor]]:
+        model.zero_grad()
+        losses = [model(**inputs, num_items_in_batch=count).loss for inputs in rows]
+        sum(losses).backward()
+        return sum(losses).item(), [parameter.grad.clone() for parameter in model.parameters()]
+
+    alone = []
+    for row in range(len(texts)):
+        length = int(batch["attention_mask"][row].sum())
+        alone.append({name: tensor[row : row + 1, :length] for name, tensor in batch.items()})
+    expected, gradients = loss_and_gradients(alone)
+    found, together = loss_and_gradients([batch])
+    assert found == pytest.approx(expected, rel=1e-6)
+    for a, b in zip(gradients, together, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+PROGRAM = """
+import os, signal, sys
+import torch
+from training import mlm
+from training.recipe import MLMRecipe, load_recipe
+
+output, *overrides = sys.argv[1:]
+save = torch.save
+
+def killed_while_saving(content, path, **kwargs):
+    save(content, path, **kwargs)
+    if "checkpoint-4" in str(path) and str(path).endswith("optimizer.pt"):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = killed_while_saving
+torch.set_num_threads(1)
+mlm.train(load_recipe(MLMRecipe, "training/recipes/tiny-mlm.yaml", [f"output_dir={output}", *overrides]))
+"""
+
+
+def test_killed_while_saving_it_resumes_from_the_checkpoint_before(run, tmp_path, caplog):
+    with open(tmp_path / "stderr", "w") as errors:  # a pipe would stay open until the orphaned workers notice
+        process = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tmp_path), *OVERRIDES, *WORKERS],
+            cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=errors, timeout=200,
+        )  # fmt: skip
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "stderr").read_text()[-2000:]
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
+    assert [is_whole(path) for path in checkpoints(str(tmp_path))] == [False, True]
+    with caplog.at_level("INFO"):
+        final = mlm.train(recipe(tmp_path, *WORKERS), resume=True)
+    assert "checkpoint-4 is not whole" in caplog.text
+    assert f"resuming from {tmp_path / 'checkpoint-2'}" in caplog.text
+    assert "again" not in caplog.text  # the position of the data was in the checkpoint
+    assert_same_weights(run / "final", final)
+    assert_same_weights(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    again, whole = (
+        [(entry["step"], entry["loss"], entry["tokens"]) for entry in log(folder) if "loss" in entry]
+        for folder in (tmp_path, run)
+    )
+    assert again[-4:] == whole[2:]
+
+
+def test_a_checkpoint_without_the_datas_position_reads_them_again(run, tmp_path, caplog):
+    """As the checkpoints of versions before it was kept."""
+    import shutil
+
+    old = tmp_path / "checkpoint-4"
+    shutil.copytree(run / "checkpoint-4", old)
+    (old / "data-process0.json").unlink()
+    with caplog.at_level("WARNING"):
+        final = mlm.train(recipe(tmp_path / "run", *WORKERS), resume=str(old))
+    assert "reading those of 4 steps again" in caplog.text
+    assert_same_weights(run / "final", final)
+
+
+def test_resuming_a_finished_run_trains_no_further(run, tmp_path):
+    final = mlm.train(recipe(tmp_path, *WORKERS), resume=str(run / "checkpoint-6"))
+    assert_same_weights(run / "final", final)
+    assert not any("loss" in entry for entry in log(tmp_path))
+    assert log(tmp_path)[-1]["eval_accuracy"] == log(run)[-1]["eval_accuracy"]
+
+
+def test_whole_checkpoints(tmp_path):
+    def checkpoint(step: int) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        (folder / "deep").mkdir(parents=True)
+        for name in ("trainer_state.json", "deep/weights.bin"):
+            (folder / name).write_text("x" * step)
+        return folder
+
+    for step in (9, 10, 100):
+        mark_whole(checkpoint(step))
+    assert resume_checkpoint(str(tmp_path), True) == str(tmp_path / "checkpoint-100")
+    (tmp_path / "checkpoint-100" / "deep" / "weights.bin").write_text("short")  # a file that was cut off
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()  # deleting it had begun
+    assert resume_checkpoint(str(tmp_path), True) == str(tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-9" / "complete.json").write_text('{"trainer')
+    with pytest.raises(RecipeError, match=r"no checkpoint in .* \(3 are not whole\)"):
+        resume_checkpoint(str(tmp_path), True)
+    old = checkpoint(50)
+    (old / "recipe.yaml").touch()  # versions without the list wrote the recipe last
+    assert resume_checkpoint(str(tmp_path), True) == str(old)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """A learning rate that overflows the weights in step 2 (in step 1 it is 0): that step is not saved."""
+    broken = recipe(tmp_path, "training.learning_rate=1e38", "training.save_steps=1", "training.max_grad_norm=0")
+    with pytest.raises(TrainingDiverged) as stopped:
+        mlm.train(broken)
+    message = str(stopped.value)
+    for part in (
+        "step 2, process 0: the weights are not finite",
+        "step 1: loss 10.",
+        "rate 1e+38",
+        "facts (",
+        "--resume",
+    ):
+        assert part in message, message
+    assert not (tmp_path / "final").exists()
+    last = checkpoints(str(tmp_path))[0]
+    assert (last.name, is_whole(last)) == ("checkpoint-1", True)
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(last / "model.safetensors").values())
+    assert "stopped" in log(tmp_path)[-1]
+
+
+class Arguments:
+    device = torch.device("cpu")
+    fp16 = False
+
+
+def monitor_with(losses: list[float], **changes) -> Monitor:
+    monitor = Monitor(
+        tiny_config(),
+        recipe=MLMRecipe(**changes),
+        reader=Reader(),
+        progress=Progress.after(0, Reader()),
+        total=Tally(),
+    )
+    state = TrainerState(max_steps=1000)
+    for step, loss in enumerate(losses, start=1):
+        state.global_step = step
+        monitor.add_report(Report(0, step, {}, Tally(1, 8, 8, 64, 2, 0), {"books": 1}))
+        monitor.add_loss(torch.tensor(loss))
+        monitor.on_step_end(Arguments(), state, TrainerControl())
+    return monitor
+
+
+def test_a_rising_loss_stops_the_run():
+    falling = [8 * 0.98**step + 2 for step in range(300)]
+    monitor_with(falling + [4.0] * 5)  # a few odd batches are no divergence
+    with pytest.raises(TrainingDiverged, match=r"running mean of the loss rose from 2\.\d+ to [34]\.\d+"):
+        monitor_with(falling + [4.0] * 200)
+    monitor_with(falling + [4.0] * 200, max_loss_rise=None)
+    monitor_with(falling + [2.9] * 200)
+
+
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_at_once():
+    for losses in ([10.0, float("nan")], [10.0, float("inf")]):
+        with pytest.raises(
+            TrainingDiverged, match=r"step 2, process 0: the loss is (nan|inf). This process's own batches"
+        ):
+            monitor_with([*losses, 10.0])
+    monitor = monitor_with([10.0])
+    monitor.grad_norm = float("inf")
+    state = TrainerState(max_steps=1000, global_step=2)
+    with pytest.raises(TrainingDiverged, match="the gradient norm is inf"):
+        monitor.on_step_end(Arguments(), state, TrainerControl())
+    half = Arguments()
+    half.fp16 = True  # the loss scale is being found: that step was skipped
+    monitor.on_step_end(half, state, TrainerControl())
+
+
+@pytest.mark.parametrize(
+    ("words", "resume", "overrides"),
+    [
+        (["a=1"], None, ["a=1"]),
+        (["--resume", "a=1", "b=2"], True, ["a=1", "b=2"]),
+        (["--resume", "runs/checkpoint-5", "a=1"], "runs/checkpoint-5", ["a=1"]),
+        (["a=1", "--resume"], True, ["a=1"]),
+    ],
+)
+def test_an_override_after_resume_is_no_checkpoint(monkeypatch, words, resume, overrides):
+    monkeypatch.setattr(sys, "argv", ["mlm", "--config", "x.yaml", *words])
+    arguments = command_line("")
+    assert (arguments.resume, arguments.overrides) == (resume, overrides)
+
+
+def test_the_exit_status_says_what_happened(capsys):
+    def raises(error):
+        def main():
+            raise error
+
+        return main
+
+    from_a_worker = RecipeError("Caught it in worker 0.\nOriginal Traceback\ntraining.recipe.RecipeError: wrong\n")
+    for error, status, message in (
+        (RecipeError("wrong"), 2, "error: wrong\n"),
+        (from_a_worker, 2, "error: wrong\n"),
+        (TrainingDiverged("nan"), 1, "\nstopped: nan\n"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            exit_on_recipe_error(raises(error))
+        assert left.value.code == status
+        assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.save_total_limit=1"], "save_total_limit=1"),
+        (["training.torch_compile=true"], "set compile: true"),
+        (["global_batch_size=6"], r"global_batch_size=6 is not a multiple of 4: .*=4 on 1 processes"),
+        (["training.ignore_data_skip=true"], "ignore_data_skip is decided by this stage"),
+        (["shuffle_buffer=0"], "shuffle_buffer=0 is below 1"),
+        (["max_length=2"], "max_length=2 leaves no room"),
+        (["heldout_sequences=0"], "heldout: no sequences"),
+        (["training.report_to=nothing"], "report_to: nothing is none of .*tensorboard"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_step(tmp_path, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        mlm.train(recipe(tmp_path, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("field", "package"),
+    [("report_to=tensorboard", "tensorboard"), ("deepspeed=training/deepspeed/zero1.json", "deepspeed")],
+)
+def test_optional_packages_are_named(tmp_path, monkeypatch, field, package):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name.startswith(package) else find(name, *rest)
+    )
+    with pytest.raises(RecipeError, match=rf"{package} is not installed; pip install -e"):
+        mlm.train(recipe(tmp_path, f"training.{field}"))
+
+
+def test_tensorboard_gets_the_log(tmp_path):
+    pytest.importorskip("tensorboard")
+    mlm.train(recipe(tmp_path, "training.report_to=tensorboard", "training.max_steps=2"))
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_the_global_batch():
+    def steps(processes: int, **changes) -> int:
+        return accumulation_steps(MLMRecipe(**changes), processes)
+
+    assert steps(8, global_batch_size=4096, training={"per_device_train_batch_size": 128}) == 4
+    assert steps(1, global_batch_size=4096, training={"per_device_train_batch_size": 32}) == 128
+    assert steps(8, training={"per_device_train_batch_size": 128}) == 1
+    assert steps(8, global_batch_size=4096, training={"gradient_accumulation_steps": 3}) == 3
+    with pytest.raises(RecipeError, match=r"not a multiple of 896: training.per_device_train_batch_size=128 on 7"):
+        steps(7, global_batch_size=4096, training={"per_device_train_batch_size": 128})
+
+
+@pytest.mark.parametrize(("size", "learning_rate"), [("small", 1e-3), ("base", 6e-4), ("large", 4e-4)])
+def test_the_recipes_are_the_papers(size, learning_rate):
+    paper = load_recipe(MLMRecipe, RECIPES / f"{size}-mlm.yaml")
+    assert (paper.max_length, paper.long_documents, paper.mlm_probability) == (512, "cut", 0.3)
+    assert accumulation_steps(paper, 8) * 8 * paper.training["per_device_train_batch_size"] == 4096
+    assert [(source.hub, source.hub_config, source.split) for source in [*paper.sources, *paper.heldout]] == [
+        ("allenai/c4", "en", "train"),
+        ("allenai/c4", "en", "validation"),
+    ]
+    arguments = TrainingArguments(output_dir="x", **{**paper.training, "use_cpu": True, "bf16": False})
+    assert (arguments.max_steps, arguments.warmup_steps, arguments.lr_scheduler_type) == (100_000, 10_000, "linear")
+    assert (arguments.learning_rate, arguments.weight_decay) == (learning_rate, 0.01)
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (0.9, 0.98, 1e-6)
+    config = JinaBertConfig(**paper.model)
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.initializer_range) == (
+        0.1,
+        0,
+        0.02,
+    )
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(run, tmp_path, monkeypatch):
+    compiled = []
+    compile_module = torch.nn.Module.compile
+
+    def compile_without_a_compiler(module, **options):
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_a_compiler)
+    mlm.train(recipe(tmp_path, "compile=true", "training.max_steps=2", *WORKERS))
+    assert compiled == ["JinaBertEncoder"]
+    losses = [[entry["loss"] for entry in log(folder) if "loss" in entry][:1] for folder in (tmp_path, run)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.compiler.reset()

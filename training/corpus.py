@@ -1,0 +1,244 @@
+"""Corpus preparation for stage I: language, quality, near-duplicates, token shards, with a report of what was removed.
+
+    python -m training.corpus --config training/recipes/corpus-local.yaml data_dir=DATA output_dir=CORPUS
+
+Law: the same stages of datatrove run on one machine, on Slurm or on Ray, as the recipe's `executor` says; every stage
+is cut into tasks, a task that has finished is not run again, and one that was interrupted is run again from its start.
+COST: the filtered text lies on disk once (`work/filtered`); signatures take 8 bytes x buckets x hashes a document
+(0.9 kB with the defaults); the clustering holds every document with a duplicate in memory, a few hundred bytes each.
+"""
+
+import argparse
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .corpus_recipe import CorpusRecipe, Quality, check
+from .recipe import RecipeError, load_recipe, save_recipe
+
+if TYPE_CHECKING:
+    from datatrove.executor.base import PipelineExecutor
+    from datatrove.pipeline.base import PipelineStep
+
+_QUALITY = {
+    "c4_quality": "C4QualityFilter",
+    "gopher_quality": "GopherQualityFilter",
+    "gopher_repetition": "GopherRepetitionFilter",
+    "fineweb_quality": "FineWebQualityFilter",
+}
+_EXECUTORS = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
+# tasks_per_job: a job of several tasks runs them on one pipeline, whose statistics then count the first task twice.
+_DECIDED = ("pipeline", "tasks", "workers", "depends", "logging_dir", "skip_completed", "job_name", "tasks_per_job")
+
+
+@dataclass
+class Stage:
+    """One pipeline of datatrove and the number of its tasks."""
+
+    name: str
+    pipeline: list["PipelineStep"]
+    tasks: int
+
+
+def stages(recipe: CorpusRecipe) -> list[Stage]:
+    """What runs, in order; each stage needs all tasks of the one before."""
+    from datatrove.pipeline.readers import JsonlReader
+
+    from .corpus_report import WriteReport
+    from .corpus_steps import Tally, TokenShards
+
+    root = Path(recipe.output_dir).resolve()
+    filtered, tasks = str(root / "work" / "filtered"), recipe.executor.tasks
+    duplicates, without_duplicates = _minhash_stages(recipe, root) if recipe.minhash else ([], [])
+    shards = TokenShards(str(root / "tokens"), recipe.tokenizer, recipe.heldout_share, recipe.shard_tokens)
+    tokens = [JsonlReader(filtered), Tally("filtered"), *without_duplicates, shards]
+    ordered = [
+        Stage("filter", _filter_pipeline(recipe, root), tasks),
+        *duplicates,
+        Stage("tokens", tokens, tasks),
+        Stage("report", [WriteReport(str(root))], 1),
+    ]
+    if recipe.executor.kind == "local":  # Slurm and Ray know which of their tasks still run
+        from .corpus_steps import Hold
+
+        for stage in ordered:
+            stage.pipeline.insert(0, Hold(str(root / ".lock")))
+    return ordered
+
+
+def _filter_pipeline(recipe: CorpusRecipe, root: Path) -> list["PipelineStep"]:
+    from datatrove.pipeline.writers import JsonlWriter
+
+    from .corpus_steps import CorpusReader, LinguaFilter, QualityFilter, Removed, Tally
+
+    def removed(name: str) -> Removed:
+        return Removed(str(root / "removed" / name), recipe.removed_examples)
+
+    pipeline = [*(CorpusReader(source, recipe.data_dir) for source in recipe.sources), Tally("empty")]
+    if recipe.language:
+        language = recipe.language
+        pipeline.append(LinguaFilter(language.keep, language.threshold, language.characters, removed("language")))
+        pipeline.append(Tally("language"))
+    for quality in recipe.quality:
+        name = quality.name or quality.filter
+        pipeline += [QualityFilter(name, quality_filter(quality), quality.skip, removed(name)), Tally(name)]
+    return [*pipeline, JsonlWriter(str(root / "work" / "filtered"), compression="zstd")]
+
+
+def quality_filter(quality: Quality) -> "PipelineStep":
+    """datatrove's filter of a recipe entry.
+
+    Raises:
+        RecipeError: There is none of the name, or it has no such argument.
+    """
+    from datatrove.pipeline import filters
+
+    from .corpus_steps import Words
+
+    if quality.filter not in _QUALITY:
+        raise RecipeError(f"quality: filter={quality.filter!r} is none of {', '.join(_QUALITY)}.")
+    cls = getattr(filters, _QUALITY[quality.filter])
+    known = set(inspect.signature(cls).parameters) - {"exclusion_writer", "language"}
+    for key in quality.arguments:
+        if key not in known:
+            raise RecipeError(f"quality: {quality.filter} has no argument {key}; it has {', '.join(sorted(known))}.")
+    return cls(**quality.arguments, language=Words())
+
+
+def _minhash_stages(recipe: CorpusRecipe, root: Path) -> tuple[list[Stage], list["PipelineStep"]]:
+    """datatrove's first three stages, and the fourth as steps of the stage that writes the shards."""
+    from datatrove.pipeline.dedup import minhash
+    from datatrove.pipeline.readers import JsonlReader
+
+    from .corpus_steps import Removed, Tally, Words
+
+    options = dataclasses.asdict(recipe.minhash)
+    workers = options.pop("workers_per_bucket")
+    config = minhash.MinhashConfig(**options)
+    filtered, signatures, buckets, remove = (
+        str(root / "work" / name) for name in ("filtered", "signatures", "buckets", "remove")
+    )
+    signing = [JsonlReader(filtered), minhash.MinhashDedupSignature(signatures, config, language=Words())]
+    matching = [minhash.MinhashDedupBuckets(signatures, buckets, config=config)]
+    clustering = [minhash.MinhashDedupCluster(buckets, remove, config=config)]
+    excluded = Removed(str(root / "removed" / "minhash"), recipe.removed_examples)
+    return [
+        Stage("signatures", signing, recipe.executor.tasks),
+        Stage("buckets", matching, config.num_buckets * workers),
+        Stage("clusters", clustering, 1),
+    ], [minhash.MinhashDedupFilter(remove, exclusion_writer=excluded), Tally("minhash")]
+
+
+def executors(recipe: CorpusRecipe) -> dict[str, "PipelineExecutor"]:
+    """The executor of each stage, in order; those of Slurm depend on the one before.
+
+    Raises:
+        RecipeError: `executor.kind` is none of ours, its options are not those of datatrove's class, or Ray is not
+            installed.
+    """
+    kind = recipe.executor.kind
+    if kind not in _EXECUTORS:
+        raise RecipeError(f"executor.kind={kind!r} is none of {', '.join(_EXECUTORS)}.")
+    if kind == "ray" and find_spec("ray") is None:
+        raise RecipeError('executor.kind=ray needs Ray: pip install "ray[default]".')
+    ordered = stages(recipe)
+    for name in recipe.executor.stages or ():
+        if name not in [stage.name for stage in ordered]:
+            raise RecipeError(f"executor.stages: {name!r} is none of {', '.join(stage.name for stage in ordered)}.")
+    chain: dict[str, PipelineExecutor] = {}
+    for stage in ordered:
+        chain[stage.name] = _executor(recipe, stage, previous=next(reversed(chain.values()), None))
+    return chain
+
+
+def _executor(recipe: CorpusRecipe, stage: Stage, previous: "PipelineExecutor | None") -> "PipelineExecutor":
+    kind = recipe.executor.kind
+    cls = getattr(import_module(f"datatrove.executor.{kind}"), _EXECUTORS[kind])
+    options = {**(recipe.executor.options or {}), **(recipe.executor.stages or {}).get(stage.name, {})}
+    for key in options:
+        if key in _DECIDED or key not in inspect.signature(cls).parameters:
+            raise RecipeError(f"executor: {key} is not an option of datatrove's {cls.__name__} that can be set.")
+    if kind == "slurm":
+        options |= {"job_name": f"corpus-{stage.name}", "depends": previous}
+    logs = str(Path(recipe.output_dir).resolve() / "logs" / stage.name)
+    workers = min(recipe.executor.workers or stage.tasks, stage.tasks)
+    try:
+        return cls(stage.pipeline, tasks=stage.tasks, workers=workers, logging_dir=logs, **options)
+    except TypeError as error:  # what Slurm cannot do without: time, partition
+        raise RecipeError(f"executor.options: {error}.") from error
+
+
+def prepare(recipe: CorpusRecipe) -> Path:
+    """Runs all stages, or goes on where an earlier call with the same recipe stopped.
+
+    Args:
+        recipe: What to do.
+
+    Returns:
+        The folder of the shards. On Slurm its jobs are submitted when this returns, not finished.
+
+    Raises:
+        RecipeError: Before any work, for anything wrong with the recipe, its sources or the output folder; after the
+            filters, if they left nothing.
+        RuntimeError: A stage did not finish.
+    """
+    check(recipe)
+    chain = executors(recipe)
+    save_recipe(recipe, recipe.output_dir)
+    root = Path(recipe.output_dir).resolve()
+    if recipe.executor.kind == "local":
+        from .corpus_steps import hold
+
+        hold(str(root / ".lock"), alone=True)
+    for name, executor in chain.items():
+        executor.run()
+        if recipe.executor.kind == "slurm":
+            continue
+        if incomplete := executor.get_incomplete_ranks(skip_completed=True):
+            raise RuntimeError(f"{len(incomplete)} tasks of {name} did not finish; logs: {root / 'logs' / name}.")
+        if name == "filter" and not any((root / "work" / "filtered").glob("*.jsonl.zst")):
+            raise RecipeError(f"the filters left no document of any source; {root / 'removed'} holds examples.")
+    return root / "tokens"
+
+
+def command_line() -> argparse.Namespace:
+    """Parses `--config RECIPE [--dry-run] [key=value ...]`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.corpus",
+        description="Corpus preparation for stage I: language, quality, near-duplicates, token shards and a report. "
+        "The same command again goes on where the last one stopped.",
+        epilog="In output_dir: tokens/train/SOURCE/*.parquet and tokens/heldout/SOURCE/*.parquet are the shards "
+        "(column input_ids), tokens/corpus.json says what they hold, report.md what was removed and why, removed/ has "
+        "examples, logs/ every task's log. Slurm: run this where sbatch is, with executor.kind=slurm.",
+    )
+    parser.add_argument("--config", required=True, help="recipe, a YAML file; training/recipes/corpus-*.yaml are ours")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and show the stages, run nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example executor.workers=8")
+    arguments = parser.parse_args()
+    for override in arguments.overrides:
+        if "=" not in override:
+            parser.error(f"{override!r} is not of the form key=value")
+    return arguments
+
+
+def main():
+    arguments = command_line()
+    recipe = load_recipe(CorpusRecipe, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        check(recipe)
+        for name, executor in executors(recipe).items():
+            print(f"{name} ({executor.world_size} tasks): {' | '.join(step.name for step in executor.pipeline)}")
+        return
+    shards = prepare(recipe)
+    print("jobs submitted, shards will be in" if recipe.executor.kind == "slurm" else "corpus finished:", shards)
+
+
+if __name__ == "__main__":
+    # Imported here: tasks in processes of their own import this module too, and need no transformers.
+    from .run import exit_on_recipe_error
+
+    exit_on_recipe_error(main)

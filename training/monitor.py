@@ -1,0 +1,208 @@
+"""What a stage I run says about itself: throughput and its share of the peak, data seen, and when it has to stop.
+
+Throughput counts real tokens, never padding, over the time spent on training steps and waiting for data; evaluating
+and saving are left out. MFU is the model's own FLOPs (no recomputation, every query-key pair counted even where sparse
+attention leaves it out) over the peak of the devices.
+
+COST: one number is reduced over the processes at every step, to see a loss that is not finite at once, and the weights
+are looked through before every checkpoint: what is saved is finite.
+"""
+
+import math
+import time
+from collections import Counter, deque
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, TrainerCallback
+
+from .packing import Progress, Reader, Report, Tally, save_progress
+from .recipe import MLMRecipe
+from .run import TrainingDiverged
+
+_HISTORY = 10  # steps shown when training stops
+_WARM = 100  # steps before a rise of the loss is judged
+_DECAY = 0.98  # of the running mean of the loss
+
+
+def training_flops(config: PreTrainedConfig, tally: Tally) -> float:
+    """Floating point operations of the matrix products of forward and backward on some batches.
+
+    With hidden width H, intermediate width I, L layers, V vocabulary entries, T tokens, P query-key pairs (the sum of
+    the squared lengths) and M predicted tokens, a multiply-add being two operations:
+
+        forward = L * (2 * T * (4 * H**2 + G * H * I) + 4 * H * P) + 2 * M * (H**2 + H * V)
+        forward and backward = 3 * forward
+
+    G is 3 for a gated MLP (JinaBERT: two matrices up, one down) and 2 for BERT's. The prediction head is computed at
+    predicted positions alone. Embedding look-ups, norms, activations and the softmax are left out.
+
+    Args:
+        config: Of a JinaBERT or a BERT.
+        tally: What the batches held.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    matrices = 2 if config.model_type == "bert" else 3
+    layer = 2 * tally.tokens * (4 * hidden**2 + matrices * hidden * inner) + 4 * hidden * tally.pairs
+    head = 2 * tally.masked * (hidden**2 + hidden * config.vocab_size)
+    return 3 * (config.num_hidden_layers * layer + head)
+
+
+def summed(values: list[float], device: torch.device) -> list[float]:
+    """Sums over the processes; every process has to call it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
+def _not_finite(model: torch.nn.Module) -> int:
+    """Parameters, or this process's shards of them, with a value that is not finite."""
+    shards = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return sum(not torch.isfinite(shard).all() for shard in shards)
+
+
+class Monitor(TrainerCallback):
+    """Counts what is trained on, measures throughput, stops a run that diverges, and keeps the data's position.
+
+    Args:
+        config: Of the model.
+        recipe: Gives `peak_tflops` and `max_loss_rise`.
+        reader: Which process this is.
+        progress: How far the consumers of the data have come; brought up to date here.
+        total: What this process has trained on before.
+
+    Attributes:
+        grad_norm: Of the last step, before clipping; None when it was not computed.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        recipe: MLMRecipe,
+        reader: Reader,
+        progress: Progress,
+        total: Tally,
+    ):
+        self.config, self.recipe, self.reader, self.progress, self.total = config, recipe, reader, progress, total
+        self.window = Tally()
+        self.grad_norm: float | None = None
+        self._loss: torch.Tensor | float = 0.0
+        self._sources: Counter[str] = Counter()
+        self._history: deque[str] = deque(maxlen=_HISTORY)
+        self._learning_rate = math.nan
+        self._steps, self._mean, self._lowest = 0, 0.0, math.inf
+        self._seconds, self._mark = 0.0, time.monotonic()
+
+    def add_report(self, report: Report):
+        """Takes the report of a batch that the coming step trains on."""
+        self.progress.batches[report.consumer] = report.batches
+        self.progress.places[report.consumer] = report.place
+        self.window += report.tally
+        self.total += report.tally
+        self._sources.update(report.sources)
+
+    def add_loss(self, loss: torch.Tensor):
+        """Takes this process's part of the loss of the running step; no synchronisation with the device."""
+        self._loss = self._loss + loss.detach()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._mark = time.monotonic()
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self._learning_rate = optimizer.param_groups[0]["lr"]  # before the schedule moves on
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        now = time.monotonic()
+        self._seconds, self._mark = self._seconds + now - self._mark, now
+        self._check(args, state)
+        if control.should_save or control.should_training_stop:
+            # The step itself can overflow, with a loss and a gradient that were finite.
+            if summed([_not_finite(model)], args.device)[0]:
+                raise TrainingDiverged(self._message(state, "the weights are not finite"))
+        self._loss, self._sources = 0.0, Counter()
+        # Steps are counted over the whole run, also when it resumes without reading its data again.
+        state.epoch = state.global_step / state.max_steps
+
+    def on_log(self, args, state, control, **kwargs):
+        self._mark = time.monotonic()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._mark = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_progress(checkpoint, self.reader, self.progress, self.total)
+        self._mark = time.monotonic()
+
+    def throughput(self, device: torch.device) -> dict[str, float]:
+        """Log fields of the steps since the last call; every process has to call it."""
+        *counts, tokens_seen, seconds = summed(
+            [*asdict(self.window).values(), self.total.tokens, self._seconds], device
+        )
+        window, seconds = Tally(*map(int, counts)), seconds / self.reader.ranks
+        fields = {
+            "tokens": int(tokens_seen),
+            "tokens_per_second": round(window.tokens / max(seconds, 1e-9), 1),
+            "padding_share": round(window.padding_share, 4),
+            "lost_share": round(window.lost_share, 4),
+        }
+        if self.recipe.peak_tflops is not None:
+            peak = self.recipe.peak_tflops * 1e12 * self.reader.ranks * max(seconds, 1e-9)
+            fields["mfu"] = round(training_flops(self.config, window) / peak, 4)
+        self.window, self._seconds = Tally(), 0.0
+        return fields
+
+    def summary(self, device: torch.device) -> dict[str, float]:
+        """Log fields of the whole run; every process has to call it."""
+        total = Tally(*map(int, summed([*asdict(self.total).values()], device)))
+        kept = total.tokens - 2 * total.sequences
+        return {
+            "data_sequences": total.sequences,
+            "data_tokens_read": kept + total.lost,
+            "data_tokens_kept": kept,
+            "data_tokens_lost": total.lost,
+            "data_positions_padded": total.positions - total.tokens,
+            "data_lost_share": round(total.lost_share, 4),
+            "data_padding_share": round(total.padding_share, 4),
+        }
+
+    def _check(self, args, state):
+        """Raises `TrainingDiverged` in all processes if the loss of this step or its gradient is not to be trusted."""
+        own = float(self._loss) / self.reader.ranks
+        loss = summed([own], args.device)[0]
+        norm = "-" if self.grad_norm is None else f"{self.grad_norm:.4g}"
+        self._history.append(
+            f"step {state.global_step}: loss {loss:.4f}, gradient norm {norm}, learning rate {self._learning_rate:.4g}"
+        )
+        if not math.isfinite(loss):
+            raise TrainingDiverged(self._message(state, f"the loss is {loss}", math.isfinite(own)))
+        # Under fp16 an overflow of the gradients is how the loss scale is found: that step was skipped.
+        if self.grad_norm is not None and not math.isfinite(self.grad_norm) and not args.fp16:
+            raise TrainingDiverged(self._message(state, f"the gradient norm is {self.grad_norm}"))
+        self._steps += 1
+        self._mean = _DECAY * self._mean + (1 - _DECAY) * loss
+        mean = self._mean / (1 - _DECAY**self._steps)
+        rise = self.recipe.max_loss_rise
+        if rise is not None and mean > self._lowest + rise:
+            reason = f"the running mean of the loss rose from {self._lowest:.3f} to {mean:.3f}"
+            raise TrainingDiverged(self._message(state, reason))
+        if self._steps >= _WARM:
+            self._lowest = min(self._lowest, mean)
+
+    def _message(self, state, reason: str, own_is_finite: bool = True) -> str:
+        sources = ", ".join(f"{name} ({rows} rows)" for name, rows in self._sources.most_common())
+        places = {consumer: self.progress.batches[consumer] for consumer in self.reader.own}
+        culprit = "" if own_is_finite else " This process's own batches gave it."
+        lines = [
+            f"step {state.global_step}, process {self.reader.rank}: {reason}.{culprit} This step is not saved.",
+            *self._history,
+            f"rows of this step on this process: {sources}; batches read by each of its readers: {places}",
+            "Look at the gradient norm (it rose for a while: a lower learning_rate or more warmup_steps; at once: the "
+            "rows of that source), at the precision (bf16 in place of fp16), then go on with --resume.",
+        ]
+        return "\n  ".join(lines)
