@@ -146,6 +146,6 @@ def _run(node_folder: Path, program: str, request: dict, sequences, *, rounds: i
     if process.returncode or not lines:
         raise RuntimeError(f"the node engine failed in {node_folder}:\n{process.stderr[-2000:]}")
     answer = json.loads(lines[-1].removeprefix("RESULT"))
-    vectors = np.array(answer["vectors"], dtype=np.float32)
+    vectors = np.array(answer["vectors"], dtype=np.float32).reshape(len(ids), -1 if ids else 0)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return NodeResult(vectors, answer["seconds"], answer["tokens"])

@@ -133,7 +133,7 @@ class EncodeMixin(_PreTrainedModel):
             ValueError: An input that is no text; an unknown output_value; a truncate_dim out of range.
         """
         single = isinstance(sentences, str)
-        sentences = [sentences] if single else list(sentences)
+        sentences = [sentences] if isinstance(sentences, str) else list(sentences)
         self._check_encode_arguments(sentences, output_value, truncate_dim)
         if device is not None:
             self.to(device)
