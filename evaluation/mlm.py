@@ -29,9 +29,11 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from modeling_jina_bert.masking import CORRUPTION
+
 from .length_plot import caption, markdown, matplotlib_figure, points, table_rows, write_plot
 from .mlm_models import MaskedLM, load_masked_lm, score_text, weights_sha256
-from .mlm_texts import CORRUPTION, SPECIAL_TOKENS, MaskedText, fingerprint, masked_texts
+from .mlm_texts import SPECIAL_TOKENS, MaskedText, fingerprint, masked_texts
 from .sets import EvaluationError
 
 try:

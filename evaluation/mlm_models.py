@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, BertForMaskedLM, PreTrainedConfig, PreTr
 
 from modeling_jina_bert import JinaBertForMaskedLM
 from modeling_jina_bert.checkpoints import checkpoint_tensor_names, is_qk_post_norm
+from modeling_jina_bert.masking import IGNORED
 
-from .mlm_texts import IGNORED, MaskedText, Vocabulary, vocabulary_of, windows
+from .mlm_texts import MaskedText, Vocabulary, vocabulary_of, windows
 from .sets import EvaluationError
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def load_masked_lm(name: str, source: str, *, device: str = "cpu") -> MaskedLM:
             f"model {source}: no masked language model, it lacks {', '.join(sorted(info['missing_keys']))}."
         )
     vocabulary = vocabulary_of(tokenizer, source)
-    _check_entries(source, len(vocabulary.special), model.config.vocab_size)
+    _check_entries(source, len(vocabulary.pieces.special), model.config.vocab_size)
     return MaskedLM(name, source, model.eval(), tokenizer, vocabulary)
 
 

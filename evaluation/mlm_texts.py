@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from modeling_jina_bert.masking import IGNORED, WordPieces, mask_whole_words
+
 from .sets import EvaluationError, _read_rows
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100
 SPECIAL_TOKENS = 2  # [CLS] and [SEP] of every window
-CORRUPTION = {"mask": 0.8, "random": 0.1, "unchanged": 0.1}
-"""What becomes of the chosen tokens, as in training."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,12 @@ class Vocabulary:
     """What masking and cutting have to know of a WordPiece tokenizer.
 
     Attributes:
-        continues_word: `(vocabulary,) bool`, True for pieces that continue a word ("##ing").
-        special: `(vocabulary,) bool`, True for tokens that are neither masked nor put in place of another.
-        mask: Id of [MASK].
+        pieces: Which pieces continue a word, which are never masked.
         cls: Id of [CLS].
         sep: Id of [SEP].
     """
 
-    continues_word: torch.Tensor
-    special: torch.Tensor
-    mask: int
+    pieces: WordPieces
     cls: int
     sep: int
 
@@ -68,27 +63,20 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Vocabulary:
     Raises:
         EvaluationError: It has no [MASK], [CLS] or [SEP], or knows no pieces that continue a word.
     """
-    for token in ("mask_token", "cls_token", "sep_token"):
+    for token in ("cls_token", "sep_token"):
         if getattr(tokenizer, token) is None:
             raise EvaluationError(f"model {name}: its tokenizer has no {token}.")
-    pieces = tokenizer.get_vocab()
-    continues_word = torch.zeros(max(pieces.values()) + 1, dtype=torch.bool)
-    continues_word[[i for piece, i in pieces.items() if piece.startswith("##")]] = True
-    if not continues_word.any():
-        raise EvaluationError(f"model {name}: its tokenizer is no WordPiece ('##ing'), whole words are not known.")
-    special = torch.zeros_like(continues_word)
-    special[tokenizer.all_special_ids] = True
-    special[[i for piece, i in pieces.items() if piece.startswith("[unused")]] = True
-    return Vocabulary(continues_word, special, tokenizer.mask_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
+    try:
+        pieces = WordPieces.of(tokenizer)
+    except ValueError as error:
+        raise EvaluationError(f"model {name}: {error}") from None
+    return Vocabulary(pieces, tokenizer.cls_token_id, tokenizer.sep_token_id)
 
 
 def mask_words(
     original: torch.Tensor, vocabulary: Vocabulary, *, probability: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chooses whole words and corrupts their tokens: 80 % [MASK], 10 % a random token, 10 % unchanged.
-
-    NOTE: the rule of `WholeWordMaskingCollator` in training, which evaluation does not import, draw by draw; a test
-    holds the two together.
+    """Chooses whole words of a document and corrupts their tokens, as in training.
 
     Args:
         original: `(tokens,) int64`.
@@ -100,17 +88,10 @@ def mask_words(
         The corrupted ids `(tokens,) int64` and the targets `(tokens,) bool`.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(original.numpy().tobytes(), seed))
-    special = vocabulary.special[original]
-    word = (~vocabulary.continues_word[original] | special).cumsum(dim=0)
-    chosen_words = torch.rand(len(original) + 1, generator=generator) < probability
-    targets = chosen_words[word] & ~special
-    fate = torch.rand(len(original), generator=generator)
-    ordinary = (~vocabulary.special).nonzero().squeeze(1)
-    random_ids = ordinary[torch.randint(len(ordinary), original.shape, generator=generator)]
-    masked_share = CORRUPTION["mask"]
-    corrupted = original.masked_fill(targets & (fate < masked_share), vocabulary.mask)
-    corrupted = torch.where(targets & (fate >= masked_share + CORRUPTION["unchanged"]), random_ids, corrupted)
-    return corrupted, targets
+    corrupted, labels = mask_whole_words(
+        original[None], vocabulary.pieces, probability=probability, generator=generator
+    )
+    return corrupted[0], labels[0] != IGNORED
 
 
 def read_texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from modeling_jina_bert import JinaBertConfig
 CODE_FOLDER = Path(modeling_jina_bert.__file__).parent
 OFFICIAL_CODE = {False: "jinaai/jina-bert-implementation", True: "jinaai/jina-bert-v2-qk-post-norm"}
 """`qk_post_norm` -> repository of the official code of that layout."""
+_PACKAGE_ONLY = ("__init__.py", "masking.py")
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _OURS_ALONE = ("auto_map", "dtype", "qk_post_norm", "sparse_attention", "sparse_prediction", "tie_word_embeddings",
                "transformers_version")  # fmt: skip
@@ -22,8 +23,8 @@ _TRANSIENT_TOKENIZER_KEYS = (
 
 
 def code_files() -> list[Path]:
-    """The remote code: every module of the package but `__init__`."""
-    return sorted(path for path in CODE_FOLDER.glob("*.py") if path.name != "__init__.py")
+    """The remote code: every module of the package but those that only training and evaluation import."""
+    return sorted(path for path in CODE_FOLDER.glob("*.py") if path.name not in _PACKAGE_ONLY)
 
 
 def write_json(path: Path, content: object):

@@ -4,6 +4,7 @@ Law: it runs the code that lies in the folder. Callers ask for trust first, or h
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 CHECK_TEXTS = ("How is the weather today?", "", "A longer text, of many words. " * 60)
 _TIME_LIMIT = 900  # seconds; loading a folder takes 10 to 30
+_SECRET = re.compile(r"(^|_)(TOKENS?|SECRETS?|PASSWORD|KEYS?|CREDENTIALS?)(_|$)", re.IGNORECASE)
 
 # NOTE: a finder that refuses our package: whether it is installed must not decide whether the folder loads.
 _PROGRAM = """
@@ -55,9 +57,7 @@ def load_in_fresh_process(folder: Path, *, sentence_transformers: bool = True) -
     """
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "vectors.npz"
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        # The copy that transformers makes of the code goes to the scratch folder, not to the user's cache.
-        environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
+        environment = _environment(Path(scratch))
         arguments = [str(folder.resolve()), str(target), str(sentence_transformers), *CHECK_TEXTS]
         try:
             process = subprocess.run(
@@ -75,6 +75,17 @@ def load_in_fresh_process(folder: Path, *, sentence_transformers: bool = True) -
             raise RuntimeError(f"{folder} does not load in a fresh process:\n{process.stderr[-2000:]}")
         with np.load(target) as found:
             return dict(found)
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    """The variables that the folder's code may see: no token of the Hub, and nothing else that is named like a secret.
+
+    NOTE: a stranger's code still runs as the user and can read the user's files; what it is not given is the token
+    that transformers and huggingface_hub would hand it unasked. Caches go to the scratch folder, so nothing stays.
+    """
+    visible = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not _SECRET.search(name)}
+    home = str(scratch / "hub")
+    return visible | {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "HF_MODULES_CACHE": str(scratch / "modules")}
 
 
 def smallest_cosine(vectors: np.ndarray, expected: np.ndarray) -> float:

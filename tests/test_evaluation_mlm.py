@@ -18,8 +18,9 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer, DistilBertC
 
 from evaluation import length_plot, mlm, mlm_models
 from evaluation.mlm_models import extended_positions, load_masked_lm, score_text
-from evaluation.mlm_texts import IGNORED, MaskedText, mask_words, masked_texts, vocabulary_of, windows
+from evaluation.mlm_texts import MaskedText, mask_words, masked_texts, vocabulary_of, windows
 from modeling_jina_bert import JinaBertForMaskedLM
+from modeling_jina_bert.masking import IGNORED
 from training.masking import WholeWordMaskingCollator
 
 TABLE = 33  # positions of the BERT
@@ -92,16 +93,16 @@ def test_every_length_predicts_the_same_tokens_once(vocabulary, length):
     tokens = 128
     targets = torch.rand(tokens, generator=torch.Generator().manual_seed(4)) < 0.4
     place = 2000 + torch.arange(tokens)
-    corrupted = place.masked_fill(targets, vocabulary.mask)
+    corrupted = place.masked_fill(targets, vocabulary.pieces.mask)
     ids, labels = windows(MaskedText("here:1", place, corrupted, targets), length, vocabulary)
     assert ids.shape == labels.shape == (math.ceil(tokens / (length - 2)), length)
     assert (ids[:, 0] == vocabulary.cls).all()
     assert (ids[:, -1] == vocabulary.sep).all()
     assert sorted(labels[labels != IGNORED].tolist()) == place[targets].tolist()
-    assert (ids[labels != IGNORED] == vocabulary.mask).all()
+    assert (ids[labels != IGNORED] == vocabulary.pieces.mask).all()
     for row, wanted in zip(ids[:, 1:-1], labels[:, 1:-1], strict=True):
         held = torch.where(wanted != IGNORED, wanted, row)
-        known = held != vocabulary.mask
+        known = held != vocabulary.pieces.mask
         assert len((held - torch.arange(length - 2))[known].unique()) == 1  # consecutive tokens of the document
 
 
@@ -205,7 +206,7 @@ def test_accuracy_by_hand(tmp_path, tokenizer, vocabulary):
     tokenizer.save_pretrained(tmp_path)
     original = torch.tensor(tokenizer("the cat saw the dog and the cow", add_special_tokens=False)["input_ids"])
     targets = torch.tensor([True, True, False, True, False, True, False, False])
-    text = MaskedText("here:1", original, original.masked_fill(targets, vocabulary.mask), targets)
+    text = MaskedText("here:1", original, original.masked_fill(targets, vocabulary.pieces.mask), targets)
     for length, positions in ((5, "table"), (10, "table"), (10, "repeated")):
         score = score_text(load_masked_lm("the", str(tmp_path)), text, length=length, positions=positions)
         assert (score.targets, score.correct) == (4, 2)  # the, cat, the, and

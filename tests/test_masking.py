@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from training.masking import IGNORED, WholeWordMaskingCollator
+from modeling_jina_bert.masking import IGNORED
+from training.masking import WholeWordMaskingCollator
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import torch
 from conftest import REPOSITORY, SHIPPED
 from hub_server import serve
 
-from training.masking import IGNORED, WholeWordMaskingCollator
+from modeling_jina_bert.masking import IGNORED
+from training.masking import WholeWordMaskingCollator
 from training.packing import Progress, Reader, Tally, TrainingBatches, data_loader, load_progress, save_progress
 from training.recipe import MLMRecipe, RecipeError, Source
 from training.sources import Cutter, SourceReader, is_heldout, open_sources, sequences

@@ -54,7 +54,11 @@ def rewrite_json(path, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-MARK = "\nimport pathlib\npathlib.Path({!r}).touch()\n"
+MARK = """
+import os, pathlib
+from huggingface_hub import get_token
+pathlib.Path({!r}).write_text(repr((get_token(), sorted(name for name in os.environ if name.endswith("TOKEN")))))
+"""
 
 
 def leave_a_trace(folder, mark):
@@ -72,11 +76,17 @@ def test_code_that_is_not_ours_is_not_run(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_it_is_run_under_trust(folder, tmp_path):
+def test_it_is_run_under_trust_and_sees_no_token(folder, tmp_path, monkeypatch):
+    """Neither from the variables nor from the file that `hf auth login` writes."""
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_user")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_of_the_user")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/token").write_text("hf_of_the_user")
     leave_a_trace(folder, tmp_path / "it ran")
     report = verify_folder(folder, trust=True)
     assert report.ok, [str(finding) for finding in report.errors]
-    assert (tmp_path / "it ran").exists()
+    assert (tmp_path / "it ran").read_text() == "(None, [])"
     notes = [finding.message for finding in report.findings if "fresh process" in finding.message]
     assert len(notes) == 2
     assert all("cosine 1.000000" in note for note in notes)

@@ -31,9 +31,10 @@ from transformers import (
 )
 
 from modeling_jina_bert import JinaBertConfig, JinaBertForMaskedLM
+from modeling_jina_bert.masking import IGNORED
 
 from .control import SparseBertForMaskedLM
-from .masking import IGNORED, WholeWordMaskingCollator
+from .masking import WholeWordMaskingCollator
 from .monitor import Monitor, summed
 from .packing import Progress, Reader, Tally, TrainingBatches, data_loader, load_progress
 from .recipe import MLMRecipe, RecipeError, accumulation_steps, command_line, load_recipe, training_arguments

@@ -25,7 +25,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import TrainingArguments
 
-from .masking import IGNORED, WholeWordMaskingCollator
+from modeling_jina_bert.masking import IGNORED
+
+from .masking import WholeWordMaskingCollator
 from .recipe import MLMRecipe, RecipeError
 from .sources import OpenSource
 from .stream import SequenceStream
