@@ -95,9 +95,8 @@ def run_grid(
     """
     runs = plan(backbone, data, settings, work, start=start)
     for number, run in enumerate(runs, start=1):
-        result = run.result()
-        state = "finished before" if result else "trained"
-        result = result or fine_tune(run, backbone, data, settings, start=start)
+        state = "finished before" if run.is_finished else "trained"
+        result = run.result() if run.is_finished else fine_tune(run, backbone, data, settings, start=start)
         label = f"{backbone.name}, {data.task.name}, {number} of {len(runs)}"
         logger.info("%s: %s, %s: %s", label, run.folder.name, state, measures_text(result["dev"]))
         same_point = [other for other in runs[:number] if other.point == run.point]

@@ -58,7 +58,7 @@ class Split:
             return self
         chosen = np.sort(np.random.default_rng(0).permutation(len(self))[:rows])
         columns = (self.first, self.second, self.labels)
-        return Split(*(column and [column[index] for index in chosen] for column in columns))  # type: ignore[misc]
+        return Split(*(column and [column[index] for index in chosen] for column in columns))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def load_task(
             of = _hub_reader(hub, part.name.lower()) if data is None else _local_reader(data / part.name)
             test[part.name] = load("test", labelled=False, of=of)
     found = {name: split for name, split in test.items() if split is not None}
-    loaded = TaskData(task, train, dev_splits, found, len(train))  # type: ignore[arg-type]
+    loaded = TaskData(task, train, dev_splits, found, len(train))
     return loaded if max_train_rows is None else replace(loaded, train=train.sample(max_train_rows))
 
 

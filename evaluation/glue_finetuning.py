@@ -175,10 +175,12 @@ class Run:
     def model_folder(self) -> Path:
         return self.folder / "model"
 
-    def result(self) -> dict[str, Any] | None:
-        """What `fine_tune` wrote; None if the run is not finished."""
-        if not self.result_path.is_file():
-            return None
+    @property
+    def is_finished(self) -> bool:
+        return self.result_path.is_file()
+
+    def result(self) -> dict[str, Any]:
+        """What `fine_tune` wrote."""
         return json.loads(self.result_path.read_text(encoding="utf-8"))
 
 
@@ -223,7 +225,7 @@ class _Rows(Dataset):
 
     def __getitem__(self, index: int) -> tuple[str, str | None, int | float | None]:
         columns = (self.split.first, self.split.second, self.split.labels)
-        return tuple(column[index] if column is not None else None for column in columns)  # type: ignore[return-value]
+        return tuple(column[index] if column is not None else None for column in columns)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[GlueRecipe, 
         raise EvaluationError(f"{where}: {' '.join(str(error).split())}.") from error
     if not settings:
         raise EvaluationError(f"{path}: tasks is empty; there are {', '.join(TASKS)}.")
-    return resolved, settings  # type: ignore[return-value]
+    return resolved, settings
 
 
 def _check(settings: FineTuning, where: str):

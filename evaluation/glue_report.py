@@ -69,10 +69,7 @@ def select(runs: Sequence[Run]) -> Run:
         Of the point with the highest median over its seeds, the run with the highest score; ties go to the first.
     """
     best = max(grid_points(runs), key=lambda point: point["median"])
-    return max(
-        (run for run in runs if run.point == best["point"]),
-        key=lambda run: run.result()["score"],  # type: ignore[index]
-    )
+    return max((run for run in runs if run.point == best["point"]), key=lambda run: run.result()["score"])
 
 
 def grid_points(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -82,19 +79,23 @@ def grid_points(runs: Sequence[Run]) -> list[dict[str, Any]]:
         `point`, `runs` (seed and measures of each), `median`, `least` and `most` of the scores over the seeds, and
         `dev`, the median score of each part.
     """
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.point.values()), []).append(run)
     points = []
-    for point in [run.point for index, run in enumerate(runs) if run.point not in [r.point for r in runs[:index]]]:
-        results = [(run.seed, run.result()) for run in runs if run.point == point]
-        scores = [result["score"] for _, result in results]  # type: ignore[index]
-        parts = list(results[0][1]["dev"])  # type: ignore[index]
+    for group in groups.values():
+        results = [run.result() for run in group]
+        scores = [result["score"] for result in results]
         points.append(
             {
-                "point": point,
-                "runs": [{"seed": seed, "dev": result["dev"]} for seed, result in results],  # type: ignore[index]
+                "point": group[0].point,
+                "runs": [{"seed": run.seed, "dev": run.result()["dev"]} for run in group],
                 "median": median(scores),
                 "least": min(scores),
                 "most": max(scores),
-                "dev": {part: median(task_score(r["dev"][part]) for _, r in results) for part in parts},  # type: ignore[index]
+                "dev": {
+                    part: median(task_score(result["dev"][part]) for result in results) for part in results[0]["dev"]
+                },
             }
         )
     return points
@@ -121,7 +122,7 @@ def record_of(data: TaskData, runs: Sequence[Run], chosen: Run, test: dict[str, 
         },
         "settings": {key: value for key, value in chosen.identity.items() if key not in ("seed", *chosen.point)},
         "grid": points,
-        "chosen": {"point": chosen.point, "seed": chosen.seed, "dev": chosen.result()["dev"]},  # type: ignore[index]
+        "chosen": {"point": chosen.point, "seed": chosen.seed, "dev": chosen.result()["dev"]},
         "dev": next(point["dev"] for point in points if point["point"] == chosen.point),
         "test": test,
         "baseline": {
