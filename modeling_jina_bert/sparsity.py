@@ -118,12 +118,36 @@ def window_bound(
     slack = 4 * head_dim * torch.finfo(work).eps * (torch.linalg.vector_norm(centre, dim=2) + radius)
     upper = scaling * ((query @ centre.mT)[..., 0] + torch.linalg.vector_norm(query, dim=2) * (radius + slack))
     tail = (2 / -torch.expm1(-slopes)).clamp(max=2 * length).log()
-    half_unit_roundoff = torch.finfo(dtype).eps / 4
     needed = upper - _local_logsumexp(query, key, slopes, scaling, documents)
-    needed = (needed + tail[:, None] - math.log(half_unit_roundoff)) / slopes[:, None]
+    needed = (needed + tail[:, None] - math.log(_negligible(dtype))) / slopes[:, None]
     needed = torch.nn.functional.pad(needed, (0, blocks * block - length), value=-math.inf)
     largest = needed.view(heads, blocks, block).amax(dim=2).nan_to_num(nan=math.inf)
     return largest.ceil().clamp(0, length - 1).long()
+
+
+def least_window(slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `window_bound` gives at least, whatever the queries and keys are: nothing is gained where that is too far.
+
+    No l_i exceeds ``t_i + log((1 + exp(-m)) / (1 - exp(-m)))``, as the scores of the block are at most
+    ``t_i - m |i - j|``; put into (*).
+
+    Args:
+        slopes: `(heads,) float`, ALiBi slopes m, at least 0.
+        dtype: Dtype of the attention output.
+
+    Returns:
+        `(heads,) float`, infinite for slope 0.
+
+    Example:
+        >>> least_window(torch.tensor([0.5, 2**-8]), torch.float32)
+        tensor([  35., 4436.])
+    """
+    return ((math.log(2) - torch.exp(-slopes).log1p() - math.log(_negligible(dtype))) / slopes - 1).ceil()
+
+
+def _negligible(dtype: torch.dtype) -> float:
+    """d of (*): half of the unit roundoff."""
+    return torch.finfo(dtype).eps / 4
 
 
 def _local_logsumexp(

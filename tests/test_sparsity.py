@@ -10,7 +10,7 @@ from conftest import REPOSITORY, SHIPPED
 
 from modeling_jina_bert import JinaBertModel, alibi_slopes, count_scores
 from modeling_jina_bert.cpu_attention import alibi_attention
-from modeling_jina_bert.sparsity import window_bound
+from modeling_jina_bert.sparsity import least_window, window_bound
 
 LENGTH, HEADS, SIZE, BLOCK = 3000, 4, 16, 256
 SCALING = SIZE**-0.5
@@ -61,6 +61,18 @@ def test_the_bound_is_neither_vacuous_nor_far_off():
     window = window_bound(query, key, slopes, scaling=SCALING, block=BLOCK, dtype=torch.float32)
     assert (window[0] < 0.1 * LENGTH).all()
     assert (skipped_share(query, key, slopes, window // 10) > torch.finfo(torch.float32).eps / 4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_window_is_below_the_least(dtype):
+    """What is not looked at, as the slope alone reaches too far, could not have been left out; and it is not far off."""
+    slopes = torch.tensor(alibi_slopes(HEADS))
+    least = least_window(slopes, dtype)[:, None].clamp(max=LENGTH - 1)
+    for query, key in adversarial().values():
+        assert (window_bound(query, key, slopes, scaling=SCALING, block=BLOCK, dtype=dtype) >= least).all()
+    nothing = torch.zeros(HEADS, LENGTH, SIZE)
+    found = window_bound(nothing, nothing, slopes, scaling=SCALING, block=BLOCK, dtype=dtype)
+    assert (found[:, 1] <= 1.5 * least[:, 0] + 2).all()
 
 
 def test_a_far_dominant_key_is_seen():

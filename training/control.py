@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertForMaskedLM
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .masking import IGNORED
+from modeling_jina_bert.masking import IGNORED
 
 
 class SparseBertForMaskedLM(BertForMaskedLM):

@@ -18,12 +18,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .sparsity import record_scores, window_bound
+from .sparsity import LOCAL, least_window, record_scores, window_bound
 
 SPARSE_LENGTH = 1024
 """Tokens from which a sequence is looked at for what can be left out."""
 _BLOCK = 256
 """Queries in a tile at least."""
+_WORTHWHILE = 0.9
+"""Share of a head's scores from which it is computed whole."""
+_LOCAL_SCORES = 2**22
+"""Scores that the bound holds at a time, float32: 16 MiB."""
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -73,19 +77,21 @@ class _Plan:
 
     def _add_sparse(self, query, key, slopes, offset: int, length: int, scaling: float):
         rows = slice(offset, offset + length)
-        dense: list[int] = []
-        for head in range(self.heads):
-            heads = slice(head, head + 1)  # one at a time: the bound holds LOCAL scores a query
+        # Where the slope alone reaches over most of the text, the bound is not worth its computation.
+        near = (1 - (1 - least_window(slopes, query.dtype) / length).clamp(min=0) ** 2 < _WORTHWHILE).nonzero()
+        dense = sorted(set(range(self.heads)) - set(near[:, 0].tolist()))
+        for heads in near[:, 0].split(max(1, _LOCAL_SCORES // (LOCAL * length))):
             reach = window_bound(
                 query[rows, heads].transpose(0, 1), key[rows, heads].transpose(0, 1), slopes[heads],
                 scaling=scaling, block=_BLOCK, dtype=query.dtype,
-            )[0].tolist()  # fmt: skip
-            tiles = [_Tile(offset, 1, length, heads, *tile) for tile in _merge(reach, length)]
-            if sum(_scores(tile) for tile in tiles) > 0.9 * length * length:
-                dense.append(head)
-            else:
-                self.groups.append(tiles)
-        for heads in _slices(dense):  # several heads a call keep all threads busy
+            ).tolist()  # fmt: skip
+            for head, windows in zip(heads.tolist(), reach, strict=True):
+                tiles = [_Tile(offset, 1, length, slice(head, head + 1), *tile) for tile in _merge(windows, length)]
+                if sum(_scores(tile) for tile in tiles) > _WORTHWHILE * length * length:
+                    dense.append(head)
+                else:
+                    self.groups.append(tiles)
+        for heads in _slices(sorted(dense)):  # several heads a call keep all threads busy
             self.groups.append([_Tile(offset, 1, length, heads, 0, length, 0, length)])
 
     def mask(self, tile: _Tile) -> torch.Tensor:
