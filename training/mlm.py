@@ -34,6 +34,7 @@ from modeling_jina_bert import JinaBertConfig, JinaBertForMaskedLM
 from modeling_jina_bert.masking import IGNORED
 
 from .control import SparseBertForMaskedLM
+from .heap import HeapTrimmer
 from .masking import WholeWordMaskingCollator
 from .monitor import Monitor, summed
 from .packing import Progress, Reader, Tally, TrainingBatches, data_loader, load_progress
@@ -251,6 +252,7 @@ def build_trainer(recipe: MLMRecipe, arguments: TrainingArguments, checkpoint: s
         eval_dataset=heldout_sequences(recipe, tokenizer, arguments),
         data_collator=collator,
     )
+    trainer.add_callback(HeapTrimmer())
     if trainer.is_fsdp_enabled:
         hold_parameters_once(model)
     if recipe.compile:
