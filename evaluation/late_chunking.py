@@ -31,7 +31,8 @@ import torch
 
 from modeling_jina_bert import JinaBertModel, sentence_spans
 
-from .local import CUTOFF, read_records, versions, write_records
+from .metrics import CUTOFF
+from .records import read_records, versions, write_records
 from .sets import EvaluationError, RetrievalSet, load_set
 from .systems import QUERY_BLOCK
 

@@ -1,128 +1,93 @@
-"""Retrieval and sentence similarity on local files, for embedding models and BM25.
+"""Retrieval, sentence similarity, pair classification, clustering and classification on local files.
 
     python -m evaluation.local --model hub_repo/tiny --data DATA --baseline bm25 --output results.json
 
+For embedding models and BM25; `evaluation.sets` says what DATA holds, `evaluation.compare` sets results side by side.
+
 Laws: everything wrong with names and files is reported before the first text is embedded; a score already in the
-output, of the same set, model, weights and settings, is not computed again. The measures are trec_eval's (linear gain,
-ties broken by document id, descending) and scipy's.
+output, of the same texts, model, weights and settings, is not computed again; every score comes with its interval and,
+beside the JSON in a .npz file, what it was computed from, item by item.
 COST: all sets and models of a run are held in memory.
 """
 
 import argparse
-import importlib.metadata
-import json
 import logging
-import os
-import platform
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .sets import EvaluationError, PairSet, RetrievalSet, available_sets, load_set
+from .records import (
+    Samples,
+    read_records,
+    read_samples,
+    samples_id,
+    samples_path,
+    versions,
+    write_records,
+    write_samples,
+)
+from .scoring import Protocol, Scored, score
+from .sets import EvaluationError, EvaluationSet, available_sets, load_set, select_sets
+from .significance import intervals
 from .systems import System, load_system
-
-try:
-    import pytrec_eval
-    from rich.console import Console
-    from rich.table import Table
-    from scipy.stats import spearmanr
-except ImportError as error:
-    raise ImportError("evaluation.local needs: pip install 'modeling-jina-bert[evaluate]'") from error
+from .tables import markdown_table, print_table, table_rows
 
 logger = logging.getLogger(__name__)
 
-RETRIEVED = 100  # documents for each query
-CUTOFF = 10  # documents the retrieval measures look at
-MEASURES = {
-    f"ndcg_at_{CUTOFF}": f"nDCG@{CUTOFF}",
-    f"mrr_at_{CUTOFF}": f"MRR@{CUTOFF}",
-    f"recall_at_{CUTOFF}": f"recall@{CUTOFF}",
-    "spearman": "Spearman",
-}
-_PACKAGES = ("torch", "transformers", "sentence-transformers", "numpy", "scipy", "bm25s", "pytrec-eval-terrier")
 
+class Results:
+    """The records of an output file and their samples; what is added is on the disk at once.
 
-def retrieval_scores(runs: dict[str, dict[str, float]], qrels: dict[str, dict[str, int]]) -> dict[str, float]:
-    """Means over the judged queries of trec_eval's measures; a query without a retrieved document counts 0.
+    What another process has added meanwhile stays.
 
     Args:
-        runs: Query id -> {document id: score}.
-        qrels: Query id -> {document id: relevance}; relevant from 1 on.
-
-    Returns:
-        The retrieval measures, 0 to 1.
-    """
-    evaluator = pytrec_eval.RelevanceEvaluator(qrels, {f"ndcg_cut.{CUTOFF}", f"recall.{CUTOFF}", "recip_rank"})
-    queries = evaluator.evaluate({query: runs.get(query, {}) for query in qrels}).values()
-    # trec_eval has no cut-off for the reciprocal rank: one below 1 / CUTOFF lies behind the cut.
-    reciprocal = [query["recip_rank"] if query["recip_rank"] >= 1 / CUTOFF else 0.0 for query in queries]
-    return {
-        f"ndcg_at_{CUTOFF}": float(np.mean([query[f"ndcg_cut_{CUTOFF}"] for query in queries])),
-        f"mrr_at_{CUTOFF}": float(np.mean(reciprocal)),
-        f"recall_at_{CUTOFF}": float(np.mean([query[f"recall_{CUTOFF}"] for query in queries])),
-    }
-
-
-def score(system: System, dataset: RetrievalSet | PairSet) -> dict[str, Any]:
-    """Scores of one system on one set, with the sizes of the set; `spearman` is None where it is undefined."""
-    if isinstance(dataset, PairSet):
-        similarity = system.similarity(dataset.first, dataset.second)
-        if similarity is not None and (np.ptp(similarity) == 0 or np.ptp(dataset.scores) == 0):
-            logger.warning("%s on %s: all similarities are equal, no correlation.", system.name, dataset.name)
-            similarity = None
-        spearman = None if similarity is None else float(spearmanr(similarity, dataset.scores).statistic)
-        return {"metrics": {"spearman": spearman}, "sizes": dataset.sizes}
-    document_ids = list(dataset.documents)
-    found, truncated = system.rank(list(dataset.queries.values()), list(dataset.documents.values()), RETRIEVED)
-    runs = {
-        query: {document_ids[index]: value for index, value in run.items()}
-        for query, run in zip(dataset.queries, found, strict=True)
-    }
-    sizes = {**dataset.sizes, "truncated_documents": truncated}
-    return {"metrics": retrieval_scores(runs, dataset.qrels), "sizes": sizes}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the scores."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of an earlier run; none if there is no such file.
+        output: JSON file; need not exist.
 
     Raises:
-        EvaluationError: The file is not one of ours.
+        EvaluationError: It holds something else.
     """
-    if not path.exists():
-        return []
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))["records"]
-        if not all({"model", "set", "settings", "metrics", "sizes"} <= set(record) for record in records):
-            raise KeyError("model, set, settings, metrics or sizes")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EvaluationError(
-            f"--output {path}: exists and holds no results of this program; name another file."
-        ) from error
-    return records
 
+    def __init__(self, output: Path):
+        self.output = output
+        self.records = read_records(output)
+        self.samples: dict[str, Samples] = read_samples(samples_path(output))
 
-def write_records(path: Path, records: list[dict[str, Any]]):
-    """Replaces the file at once, so that an interrupted run leaves a whole one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"records": records}, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """The record with that key, if it is whole: with the samples of its scores, or without scores."""
+        for record in self.records:
+            if key.items() <= record.items():
+                identifier = record.get("samples")
+                if identifier in self.samples or all(value is None for value in record["metrics"].values()):
+                    return record
+        return None
+
+    def add(self, key: dict[str, Any], record: dict[str, Any], samples: Samples | None):
+        """Adds a record in place of older ones of the same system, set and protocol."""
+        same = {name: key[name] for name in ("model", "set", "settings")}
+
+        def is_older(other: dict[str, Any]) -> bool:
+            return same.items() <= other.items() and other.get("protocol", key["protocol"]) == key["protocol"]
+
+        self.records = [other for other in read_records(self.output) if not is_older(other)] + [record]
+        self.samples |= read_samples(samples_path(self.output))
+        if samples is not None:
+            self.samples[record["samples"]] = samples
+        named = {other.get("samples") for other in self.records}
+        self.samples = {name: arrays for name, arrays in self.samples.items() if name in named}
+        write_samples(samples_path(self.output), self.samples)
+        write_records(self.output, self.records)
 
 
 def evaluate(
     systems: Sequence[System],
-    datasets: Sequence[RetrievalSet | PairSet],
+    datasets: Sequence[EvaluationSet],
     output: Path,
     *,
     command: str,
+    protocol: Protocol | None = None,
     force: bool = False,
 ) -> list[dict[str, Any]]:
     """Scores every system on every set, and writes `output` after each.
@@ -132,90 +97,68 @@ def evaluate(
         datasets: On what.
         output: JSON file; records of other systems, settings and sets in it are kept.
         command: Command line, for the records.
+        protocol: How; None is the default one.
         force: Compute scores again that `output` has.
 
     Returns:
         The records of `systems` x `datasets`, set by set.
 
     Raises:
-        EvaluationError: `output` holds something else.
-        ValueError: A vector with NaN or infinity.
+        EvaluationError: `output` holds something else, or a vector is not finite.
     """
-    records = read_records(output)
+    protocol = protocol or Protocol()
+    held = Results(output)
     provenance = {"versions": versions(), "command": command}
     settings = [system.settings for system in systems]
     results = []
-    for dataset in datasets:
+    for whole in datasets:
+        dataset = protocol.cut(whole)
+        of_set = {"set": whole.name, "protocol": protocol.of(whole), "data_sha256": dataset.sha256}
         for system, its_settings in zip(systems, settings, strict=True):
-            key = {"model": system.name, "set": dataset.name, "settings": its_settings}
-            known = [record for record in records if key.items() <= record.items()]
-            if known and not force:
+            key = {"model": system.name, "settings": its_settings, **of_set}
+            known = None if force else held.find(key)
+            if known is not None:
                 logger.info("%s on %s: already scored", system.name, dataset.name)
-                results.append(known[0])
+                results.append(known)
                 continue
-            record = {**key, **score(system, dataset), **provenance}
-            records = [other for other in records if other not in known] + [record]
-            write_records(output, records)
+            started = time.monotonic()
+            scored = score(system, dataset, protocol)
+            record = {**key, **_measured(dataset.task, scored, samples_id(key)), **provenance}
+            record["seconds"] = round(time.monotonic() - started, 1)
+            held.add(key, record, scored.samples)
             results.append(record)
-            logger.info("%s on %s: %s", system.name, dataset.name, record["metrics"])
+            logger.info("%s on %s: %s (%.0f s)", system.name, dataset.name, _summary(record), record["seconds"])
     return results
 
 
-def table_rows(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """One row a set and measure, one column a system.
+def _measured(task: str, scored: Scored, identifier: str) -> dict[str, Any]:
+    """What a record holds of the answers."""
+    found = {"task": task, "metrics": scored.metrics, "sizes": scored.sizes}
+    if scored.samples is not None:
+        of_all = intervals(task, scored.samples)
+        found |= {"intervals": {name: x and list(x) for name, x in of_all.items()}, "samples": identifier}
+    return found
+
+
+def _summary(record: dict[str, Any]) -> str:
+    return ", ".join(f"{x} {'-' if y is None else format(y, '.4f')}" for x, y in record["metrics"].items())
+
+
+def small_first(datasets: Sequence[EvaluationSet]) -> list[EvaluationSet]:
+    """The sets by the characters to embed; those of one folder, which share texts, one after the other.
 
     Args:
-        records: What `evaluate` returns.
-
-    Returns:
-        The header, and the rows: set, its size, measure, scores to four decimals ("-": undefined).
+        datasets: In any order.
     """
-    systems: list[tuple[str, Any]] = []
-    for record in records:
-        if _column(record) not in systems:
-            systems.append(_column(record))
-    header = ["set", "queries x documents", "measure"] + [
-        name if limit is None else f"{name} ({limit} tokens)" for name, limit in systems
-    ]
-    cells: dict[tuple[str, str, str], dict[tuple[str, Any], str]] = {}
-    for record in records:
-        sizes = record["sizes"]
-        size = f"{sizes['pairs']} pairs" if "pairs" in sizes else f"{sizes['queries']} x {sizes['documents']}"
-        for measure, value in record["metrics"].items():
-            row = cells.setdefault((record["set"], size, MEASURES[measure]), {})
-            row[_column(record)] = "-" if value is None else f"{value:.4f}"
-    return header, [[*row, *(scores.get(system, "") for system in systems)] for row, scores in cells.items()]
 
+    def folder(dataset: EvaluationSet) -> str:
+        kind, *rest = dataset.name.split("/")
+        return f"texts/{rest[0]}" if kind in ("clustering", "classification") else "/".join([kind, *rest[:1]])
 
-def _column(record: dict[str, Any]) -> tuple[str, int | None]:
-    return record["model"], record["settings"].get("max_length")
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """The table in Markdown, the scores aligned to the right.
-
-    Example:
-        >>> print(markdown_table(["set", "size", "measure", "bm25"], [["ir/A", "9 x 70", "MRR@10", "0.5"]]), end="")
-        | set | size | measure | bm25 |
-        |---|---|---|---:|
-        | ir/A | 9 x 70 | MRR@10 | 0.5 |
-    """
-    rule = "|" + "---|" * 3 + "---:|" * (len(header) - 3)
-    return "\n".join([f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
-
-
-def print_table(header: list[str], rows: list[list[str]]):
-    """Prints the table; set and size once for the measures of a set."""
-    table = Table()
-    for position, name in enumerate(header):
-        table.add_column(name, justify="left" if position < 3 else "right", overflow="fold")
-    previous = None
-    for row in rows:
-        if previous is not None and row[0] != previous:
-            table.add_section()
-        table.add_row(*(["", "", *row[2:]] if row[0] == previous else row))
-        previous = row[0]
-    Console().print(table)
+    cost: dict[str, int] = {}
+    for dataset in datasets:
+        cost[folder(dataset)] = max(cost.get(folder(dataset), 0), dataset.characters)
+    return sorted(datasets, key=lambda dataset: (cost[folder(dataset)], folder(dataset)))
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -226,12 +169,62 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--baseline", action="append", default=[], help="bm25, all-MiniLM-L6-v2, or as --model; repeatable"
     )
     parser.add_argument("--data", required=True, type=Path, help="folder that has eval/")
-    parser.add_argument("--sets", nargs="+", help="names, separated by commas or spaces (default: all there are)")
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        help="names or patterns ('clustering/*'), separated by commas or spaces (default: all); small sets first",
+    )
     parser.add_argument("--output", required=True, type=Path, help="JSON file; a run goes on from what it holds")
     parser.add_argument("--markdown", type=Path, help="file for the table in Markdown")
     parser.add_argument("--max-length", type=int, help="tokens a text is cut at (default: the model's own limit)")
+    parser.add_argument(
+        "--max-texts", type=int, help="queries, documents, pairs or texts that a set is cut to (default: whole sets)"
+    )
+    parser.add_argument("--runs", type=int, default=10, help="clusterings, and classifiers (default: %(default)s)")
+    parser.add_argument(
+        "--samples-per-label", type=int, default=8, help="texts a classifier learns from (default: %(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help="compute scores again that the output has")
     return parser.parse_args(argv)
+
+
+def check_arguments(arguments: argparse.Namespace):
+    """Reports what is wrong with them by themselves.
+
+    Raises:
+        EvaluationError: A number out of range, an output that cannot be written, or nothing to evaluate.
+    """
+    if arguments.model is None and not arguments.baseline:
+        raise EvaluationError("nothing to evaluate: give --model, --baseline, or both.")
+    if arguments.max_length is not None and arguments.max_length < 3:
+        raise EvaluationError(
+            f"--max-length {arguments.max_length}: the least is 3 tokens ([CLS], one of the text, [SEP])."
+        )
+    for name, least in (("max_texts", 10), ("runs", 1), ("samples_per_label", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise EvaluationError(f"--{name.replace('_', '-')} {value}: the least is {least}.")
+    for path in filter(None, (arguments.output, arguments.markdown)):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise EvaluationError(f"{path}: is a folder, or lies in none.")
+    read_records(arguments.output)
+
+
+def load_sets(data: Path, patterns: Sequence[str] | None) -> list[EvaluationSet]:
+    """The sets that --sets names, in the order of the patterns, those of one pattern (or all) the small ones first.
+
+    Raises:
+        EvaluationError: One is missing or malformed, or there is none.
+    """
+    patterns = [x for y in patterns or ["*"] for x in y.split(",") if x]
+    if not available_sets(data):
+        raise EvaluationError(f"--data {data}: no sets in its folder eval.")
+    select_sets(data, patterns)  # every name is checked before the first file is read
+    found: dict[str, EvaluationSet] = {}
+    for pattern in patterns:
+        new = [load_set(data, name) for name in select_sets(data, [pattern]) if name not in found]
+        found |= {dataset.name: dataset for dataset in small_first(new)}
+    return list(found.values())
 
 
 def run(arguments: argparse.Namespace, *, command: str) -> list[dict[str, Any]]:
@@ -240,29 +233,20 @@ def run(arguments: argparse.Namespace, *, command: str) -> list[dict[str, Any]]:
     Raises:
         EvaluationError: Something it names is missing or malformed.
     """
-    if arguments.model is None and not arguments.baseline:
-        raise EvaluationError("nothing to evaluate: give --model, --baseline, or both.")
-    if arguments.max_length is not None and arguments.max_length < 3:
-        raise EvaluationError(
-            f"--max-length {arguments.max_length}: the least is 3 tokens ([CLS], one of the text, [SEP])."
-        )
-    for path in filter(None, (arguments.output, arguments.markdown)):
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise EvaluationError(f"{path}: is a folder, or lies in none.")
-    read_records(arguments.output)
-    names = [name for item in arguments.sets for name in item.split(",") if name] if arguments.sets else None
-    datasets = [load_set(arguments.data, name) for name in dict.fromkeys(names or available_sets(arguments.data))]
-    if not datasets:
-        raise EvaluationError(f"--data {arguments.data}: no sets in its folder eval.")
+    check_arguments(arguments)
+    protocol = Protocol(arguments.max_texts, arguments.runs, arguments.samples_per_label)
+    datasets = load_sets(arguments.data, arguments.sets)
+    for dataset in datasets:
+        protocol.cut(dataset)  # before the first text is embedded: it may leave too few texts
     systems = [load_system(arguments.model, max_length=arguments.max_length)] if arguments.model else []
     for name in dict.fromkeys(arguments.baseline):
         if name != arguments.model:
             systems.append(load_system(name, max_length=arguments.max_length, baseline=True))
-    return evaluate(systems, datasets, arguments.output, command=command, force=arguments.force)
+    return evaluate(systems, datasets, arguments.output, command=command, protocol=protocol, force=arguments.force)
 
 
 def main(argv: Sequence[str] | None = None):
-    """Entry point; a wrong input ends it with one line and status 2."""
+    """Entry point; a wrong input ends it with one line and status 2, Ctrl-C with status 130."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
@@ -273,6 +257,9 @@ def main(argv: Sequence[str] | None = None):
     except (EvaluationError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from {arguments.output}", file=sys.stderr)
+        sys.exit(130)
     header, rows = table_rows(records)
     print_table(header, rows)
     if arguments.markdown:

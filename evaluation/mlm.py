@@ -14,9 +14,7 @@ settings, is not computed again. COST: documents x lengths x tokens of the longe
 import argparse
 import hashlib
 import importlib.metadata
-import json
 import logging
-import os
 import platform
 import shlex
 import sys
@@ -34,6 +32,7 @@ from modeling_jina_bert.masking import CORRUPTION
 from .length_plot import caption, markdown, matplotlib_figure, points, table_rows, write_plot
 from .mlm_models import MaskedLM, load_masked_lm, score_text, weights_sha256
 from .mlm_texts import SPECIAL_TOKENS, MaskedText, fingerprint, masked_texts
+from .records import read_records, write_records
 from .sets import EvaluationError
 
 try:
@@ -68,32 +67,6 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
     }
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of an earlier run; none if there is no such file.
-
-    Raises:
-        EvaluationError: The file is not one of ours.
-    """
-    if not path.exists():
-        return []
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))["records"]
-        if not all(set(record) >= _FIELDS for record in records):
-            raise KeyError("a field is missing")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EvaluationError(
-            f"--output {path}: exists and holds no results of this program; name another file."
-        ) from error
-    return records
-
-
-def write_records(path: Path, records: list[dict[str, Any]]):
-    """Replaces the file at once, so that an interrupted run leaves a whole one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"records": records}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def score_documents(masked_lm: MaskedLM, texts: Sequence[MaskedText], length: int, positions: str) -> dict[str, Any]:
@@ -140,7 +113,7 @@ def evaluate(
     results = []
     for length in lengths:
         for positions in masked_lm.positions_for(length):
-            records = read_records(output)
+            records = read_records(output, _FIELDS)
             key = {"positions": positions, "length": length, "settings": settings}
             known = next((record for record in records if key.items() <= record.items()), None)
             if known is not None:
@@ -215,7 +188,7 @@ def check_arguments(arguments: argparse.Namespace):
         raise EvaluationError(f"--plot {arguments.plot}: is none of .png, .svg, .pdf.")
     if arguments.plot:
         matplotlib_figure()
-    read_records(arguments.output)
+    read_records(arguments.output, _FIELDS)
 
 
 def named_models(given: Sequence[str]) -> dict[str, str]:

@@ -1,72 +1,59 @@
-"""The evaluation sets on disk, under DATA/eval: retrieval (ir/NAME, long/NAME) and sentence similarity (NAME).
+"""The evaluation sets on disk, under DATA/eval, and the checks that every one passes.
 
-Law: a set that loads is consistent; anything else is an `EvaluationError` that names file, line and offender.
+    ir/NAME, long/NAME          retrieval: corpus.jsonl.zst, queries.jsonl.zst, qrels.tsv
+    ir/NAME/PART, long/...      the same corpus with queries_PART.jsonl.zst and qrels_PART.tsv
+    NAME                        sentence similarity: test.jsonl.zst with sentence1, sentence2, score
+    pair-classification/NAME    test (or dev) with sentence1, sentence2, label; also glue/MRPC, QQP, RTE, QNLI
+    clustering/NAME             test (or all) with text, label
+    classification/NAME         the same files; a train (or dev, val) file gives the examples, else cross-validation
+
+Laws: a set that loads is consistent; anything else is an `EvaluationError` that names file, line and offender. What
+is odd but usable (texts without a word, queries that nothing answers) is logged, and counted in `oddities`.
 COST: a set is held in memory whole.
 """
 
 import json
+import logging
+import math
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from .set_types import EvaluationError, EvaluationSet, LabelledPairSet, PairSet, RetrievalSet, TextSet
 
 try:
     import zstandard
 except ImportError as error:
     raise ImportError("evaluation.sets needs: pip install 'modeling-jina-bert[evaluate]'") from error
 
+__all__ = [
+    "EvaluationError",
+    "EvaluationSet",
+    "LabelledPairSet",
+    "PairSet",
+    "RetrievalSet",
+    "TextSet",
+    "available_sets",
+    "load_set",
+    "read_rows",
+    "select_sets",
+]
 
-class EvaluationError(ValueError):
-    """A name, a file or a row is wrong; the message is one line that says which, and what was expected."""
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class RetrievalSet:
-    """Queries, documents and which documents answer which query.
-
-    Attributes:
-        name: "ir/NAME" or "long/NAME".
-        queries: Query id -> text, the judged queries only.
-        documents: Document id -> title and text.
-        qrels: Query id -> {document id: relevance}.
-    """
-
-    name: str
-    queries: dict[str, str]
-    documents: dict[str, str]
-    qrels: dict[str, dict[str, int]]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Number of judged queries and of documents."""
-        return {"queries": len(self.queries), "documents": len(self.documents)}
-
-
-@dataclass(frozen=True)
-class PairSet:
-    """Sentence pairs with the similarity that people gave them.
-
-    Attributes:
-        name: Name of the folder.
-        first: First sentence of each pair.
-        second: Second sentence of each pair.
-        scores: Similarity of each pair, on the scale of the set.
-    """
-
-    name: str
-    first: list[str]
-    second: list[str]
-    scores: list[float]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Number of pairs."""
-        return {"pairs": len(self.scores)}
+_GLUE_PAIRS = ("MRPC", "QQP", "RTE", "QNLI")  # those of eval/glue where a high similarity should mean label 1
+_POSITIVE = {1: True, 0: False, "1": True, "0": False}
+_POSITIVE |= dict.fromkeys(("entailment", "equivalent", "duplicate"), True)
+_POSITIVE |= dict.fromkeys(("not_entailment", "not_equivalent", "not_duplicate"), False)
+_SCORED = ("test", "all", "dev")  # the file that is scored: the first of these
+_EXAMPLES = ("train", "dev", "val")  # the file of the examples of a classifier: the first of these
+_SUFFIX = ".jsonl.zst"
 
 
 def available_sets(data: Path) -> list[str]:
-    """Names of the sets under `data`/eval: "ir/NAME", "long/NAME" and the sentence similarity sets.
+    """Names of the sets under `data`/eval, kind by kind.
 
     Raises:
         EvaluationError: There is no such folder.
@@ -74,12 +61,50 @@ def available_sets(data: Path) -> list[str]:
     root = data / "eval"
     if not root.is_dir():
         raise EvaluationError(f"--data {data}: no folder {root}.")
-    retrieval = [path.parent for kind in ("ir", "long") for path in root.glob(f"{kind}/*/corpus.jsonl.zst")]
-    pairs = [path.parent for path in root.glob("*/test.jsonl.zst")]
-    return [path.relative_to(root).as_posix() for path in sorted(retrieval) + sorted(pairs)]
+    names = []
+    for kind in ("ir", "long"):
+        for folder in sorted(path.parent for path in root.glob(f"{kind}/*/corpus{_SUFFIX}")):
+            name = folder.relative_to(root).as_posix()
+            parts = sorted(path.name for path in folder.glob(f"queries_*{_SUFFIX}"))
+            names += [name, *(f"{name}/{part[len('queries_') : -len(_SUFFIX)]}" for part in parts)]
+    names += sorted(path.parent.name for path in root.glob(f"*/test{_SUFFIX}"))
+    pairs = {folder.name for folder in (root / "pair-classification").glob("*") if _first(folder, _SCORED)}
+    pairs |= {name for name in _GLUE_PAIRS if _first(root / "glue" / name, _SCORED)}
+    names += [f"pair-classification/{name}" for name in sorted(pairs)]
+    texts = {x: _text_folders(root, x) for x in ("clustering", "classification")}
+    names += [f"clustering/{name}" for name in sorted(texts["clustering"])]
+    return names + [f"classification/{name}" for name in sorted(texts["clustering"] | texts["classification"])]
 
 
-def load_set(data: Path, name: str) -> RetrievalSet | PairSet:
+def _text_folders(root: Path, kind: str) -> set[str]:
+    return {folder.name for folder in (root / kind).glob("*") if _first(folder, _SCORED[:2])}
+
+
+def _first(folder: Path, names: Iterable[str]) -> Path | None:
+    return next((path for name in names if (path := folder / f"{name}{_SUFFIX}").is_file()), None)
+
+
+def select_sets(data: Path, patterns: Iterable[str]) -> list[str]:
+    """Names of the sets that match, in the order of the patterns.
+
+    Args:
+        data: Folder that has eval/.
+        patterns: Names, or patterns with * and ? ("long/*").
+
+    Raises:
+        EvaluationError: A pattern that matches nothing.
+    """
+    names = available_sets(data)
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matching = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        if not matching:
+            raise EvaluationError(f"unknown set {pattern!r}; there are {', '.join(names) or 'none'}.")
+        found |= dict.fromkeys(matching)
+    return list(found)
+
+
+def load_set(data: Path, name: str) -> EvaluationSet:
     """Reads and checks one set.
 
     Args:
@@ -92,17 +117,29 @@ def load_set(data: Path, name: str) -> RetrievalSet | PairSet:
     names = available_sets(data)
     if name not in names:
         raise EvaluationError(f"unknown set {name!r}; there are {', '.join(names) or 'none'}.")
-    folder = data / "eval" / name
-    if "/" not in name:
-        return _read_pairs(folder / "test.jsonl.zst", name)
-    documents = _read_texts(folder / "corpus.jsonl.zst")
-    queries = _read_texts(folder / "queries.jsonl.zst")
-    qrels = _read_qrels(folder / "qrels.tsv", queries, documents)
-    return RetrievalSet(name, {query: queries[query] for query in qrels}, documents, qrels)
+    root = data / "eval"
+    kind, _, rest = name.partition("/")
+    if not rest:
+        dataset: EvaluationSet = _read_pairs(root / name / f"test{_SUFFIX}", name)
+    elif kind in ("ir", "long"):
+        folder, _, part = rest.partition("/")
+        dataset = _read_retrieval(root / kind / folder, name, suffix=f"_{part}" if part else "")
+    else:
+        folder = root / kind / rest
+        if not folder.is_dir():
+            folder = root / ("glue" if kind == "pair-classification" else "clustering") / rest
+        dataset = _read_labelled_pairs(folder, name) if kind == "pair-classification" else _read_texts(folder, name)
+    if dataset.oddities:
+        logger.warning("%s: %s.", name, ", ".join(f"{n} {x.replace('_', ' ')}" for x, n in dataset.oddities.items()))
+    return dataset
 
 
-def _read_rows(path: Path, fields: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("path:line", row) of each line, the named fields present and of their type."""
+def read_rows(path: Path, fields: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("path:line", row) of each line of a .jsonl.zst file, the named fields present and of their type.
+
+    Raises:
+        EvaluationError: The file cannot be read, or a row is malformed.
+    """
     try:
         with zstandard.open(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
@@ -120,16 +157,72 @@ def _read_rows(path: Path, fields: dict[str, Any]) -> Iterator[tuple[str, dict[s
 
 def _read_pairs(path: Path, name: str) -> PairSet:
     fields = {"sentence1": str, "sentence2": str, "score": (int, float)}
-    rows = [row for _, row in _read_rows(path, fields)]
+    rows = []
+    for place, row in read_rows(path, fields):
+        if not math.isfinite(row["score"]):
+            raise EvaluationError(f"{place}: the score {row['score']} is not finite.")
+        rows.append(row)
     if len(rows) < 2:
         raise EvaluationError(f"{path}: {len(rows)} pairs, a correlation needs two.")
     return PairSet(name, *([row[field] for row in rows] for field in fields))
 
 
-def _read_texts(path: Path) -> dict[str, str]:
+def _read_labelled_pairs(folder: Path, name: str) -> LabelledPairSet:
+    path = _first(folder, _SCORED)
+    assert path is not None, "available_sets has named it"
+    first, second, labels = [], [], []
+    for place, row in read_rows(path, {"sentence1": str, "sentence2": str, "label": (int, str)}):
+        if row["label"] not in _POSITIVE:
+            raise EvaluationError(f"{place}: the label {row['label']!r} is none of {', '.join(map(str, _POSITIVE))}.")
+        first.append(row["sentence1"])
+        second.append(row["sentence2"])
+        labels.append(_POSITIVE[row["label"]])
+    if len(set(labels)) < 2:
+        raise EvaluationError(f"{path}: pairs of both labels are needed, 1 (alike) and 0.")
+    return LabelledPairSet(name, first, second, labels)
+
+
+def _read_texts(folder: Path, name: str) -> TextSet:
+    path = _first(folder, _SCORED[:2])
+    assert path is not None, "available_sets has named it"
+    texts, labels = _read_labels(path)
+    task = name.partition("/")[0]
+    examples = _first(folder, _EXAMPLES) if task == "classification" else None
+    if examples is None:
+        return TextSet(name, task, texts, labels)
+    example_texts, example_labels = _read_labels(examples)
+    unknown = sorted(set(labels) - set(example_labels))
+    if unknown:
+        raise EvaluationError(f"{path}: the label {unknown[0]!r} has no example in {examples.name}.")
+    return TextSet(name, task, texts, labels, example_texts, example_labels)
+
+
+def _read_labels(path: Path) -> tuple[list[str], list[str]]:
+    rows = [row for _, row in read_rows(path, {"text": str, "label": (int, str)})]
+    return [row["text"] for row in rows], [str(row["label"]) for row in rows]
+
+
+def _read_retrieval(folder: Path, name: str, *, suffix: str) -> RetrievalSet:
+    documents = _read_documents(folder / f"corpus{_SUFFIX}")
+    queries = _read_documents(folder / f"queries{suffix}{_SUFFIX}")
+    path = folder / f"qrels{suffix}.tsv"
+    qrels = _read_qrels(path, queries, documents)
+    answered = {query: judged for query, judged in qrels.items() if max(judged.values()) > 0}
+    if not answered:
+        raise EvaluationError(f"{path}: no query has a relevant document.")
+    return RetrievalSet(
+        name,
+        {query: queries[query] for query in answered},
+        documents,
+        answered,
+        unanswered=len(qrels) - len(answered),
+    )
+
+
+def _read_documents(path: Path) -> dict[str, str]:
     """Id -> text, after the title and a space where there is a title."""
     texts: dict[str, str] = {}
-    for place, row in _read_rows(path, {"_id": str, "text": str}):
+    for place, row in read_rows(path, {"_id": str, "text": str}):
         if row["_id"] in texts:
             raise EvaluationError(f"{place}: the id {row['_id']!r} is used twice.")
         title = row.get("title")

@@ -1,11 +1,13 @@
-"""What is evaluated: embedding models (`SentenceTransformer`) and BM25, behind the two methods of `System`.
+"""What is evaluated: embedding models (`SentenceTransformer`) and BM25, behind the three methods of `System`.
 
 Laws: the search is exact; a baseline runs with its published settings; what decides the scores is in `settings`.
 COST: a batch holds `TOKENS_PER_BATCH` tokens at most, or one text; a search holds `QUERY_BLOCK` x documents scores.
+Vectors are kept, up to `CACHE_BYTES`, since sets share texts: a corpus with several sets of queries is embedded once.
 """
 
 import hashlib
 import importlib.util
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,7 +25,10 @@ try:
 except ImportError as error:
     raise ImportError("evaluation.systems needs: pip install 'modeling-jina-bert[evaluate]'") from error
 
+logger = logging.getLogger(__name__)
+
 BATCH_SIZE = 32  # texts
+CACHE_BYTES = 2**28  # of vectors
 TOKENS_PER_BATCH = 8192  # padding included
 QUERY_BLOCK = 1024  # queries in one matrix product
 MINILM = "all-MiniLM-L6-v2"
@@ -45,6 +50,9 @@ class System(Protocol):
 
     def similarity(self, first: Sequence[str], second: Sequence[str]) -> np.ndarray | None:
         """`(pairs,) float32`, the similarity of each pair; None where the system has no such score."""
+
+    def vectors(self, texts: Sequence[str]) -> tuple[np.ndarray, int] | None:
+        """`(texts, hidden) float32` and how many texts were truncated; None where the system has no vectors."""
 
 
 class BM25:
@@ -96,6 +104,9 @@ class BM25:
     def similarity(self, first: Sequence[str], second: Sequence[str]) -> None:
         """None: BM25 scores depend on a corpus, a pair of sentences has none."""
 
+    def vectors(self, texts: Sequence[str]) -> None:
+        """None: BM25 has no vectors."""
+
 
 def batch_size_for(tokens: int) -> int:
     """The batch size of texts of that length: the power of two that fits `TOKENS_PER_BATCH`, from 1 to `BATCH_SIZE`.
@@ -140,6 +151,7 @@ class EmbeddingModel:
 
     def __init__(self, name: str, model: SentenceTransformer, *, max_length: int | None = None):
         self.name, self.model = name, model
+        self._known: dict[tuple[str, str], tuple[np.ndarray, int]] = {}  # (way of encoding, text) -> vector, tokens
         if max_length is not None:
             model.max_seq_length = max_length
 
@@ -170,8 +182,12 @@ class EmbeddingModel:
         vectors, _ = self.embed([*first, *second], self.model.encode)
         return (vectors[: len(first)] * vectors[len(first) :]).sum(axis=1)
 
+    def vectors(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
+        """See `System.vectors`; of length 1."""
+        return self.embed(texts, self.model.encode)
+
     def embed(self, texts: Sequence[str], encode: Callable) -> tuple[np.ndarray, int]:
-        """Embeds texts in batches of texts of similar length.
+        """Embeds texts in batches of texts of similar length; those embedded before are not embedded again.
 
         Args:
             texts: Empty ones included.
@@ -181,8 +197,23 @@ class EmbeddingModel:
             `(texts, hidden) float32` of length 1, and the number of texts that were truncated.
 
         Raises:
-            ValueError: A vector with NaN or infinity.
+            EvaluationError: A vector with NaN or infinity.
         """
+        keys = [(encode.__name__, text) for text in texts]
+        if sum(vector.nbytes for vector, _ in self._known.values()) > CACHE_BYTES:
+            self._known = {key: self._known[key] for key in keys if key in self._known}
+        new = list(dict.fromkeys(key for key in keys if key not in self._known))
+        if new:
+            found, lengths = self._embed_new([text for _, text in new], encode)
+            self._known.update(zip(new, zip(found, lengths, strict=True), strict=True))
+        vectors = np.stack([self._known[key][0] for key in keys])
+        if len(set(texts)) > 1 and np.ptp(vectors, axis=0).max() == 0:
+            logger.warning("%s: the vectors of %d different texts are all equal.", self.name, len(set(texts)))
+        limit = self.model.max_seq_length
+        return vectors, sum(limit is not None and self._known[key][1] > limit for key in keys)
+
+    def _embed_new(self, texts: Sequence[str], encode: Callable) -> tuple[np.ndarray, list[int]]:
+        """Vectors and untruncated lengths in tokens."""
         lengths = self._token_lengths(texts)
         limit = self.model.max_seq_length or max(lengths)
         groups = defaultdict(list)
@@ -199,8 +230,10 @@ class EmbeddingModel:
         finite = np.isfinite(vectors).all(axis=1)
         if not finite.all():
             text = texts[int(np.argmin(finite))]
-            raise ValueError(f"{self.name}: {(~finite).sum()} vectors are not finite; the first is of {text[:80]!r}.")
-        return vectors, sum(length > limit for length in lengths)
+            raise EvaluationError(
+                f"{self.name}: {(~finite).sum()} vectors are not finite; the first is of {text[:80]!r}."
+            )
+        return vectors, lengths
 
     def _token_lengths(self, texts: Sequence[str], chunk: int = 256) -> list[int]:
         lengths: list[int] = []

@@ -1,207 +1,203 @@
-"""Every engine beside torch on one model: size of the file, how far its vectors are off, tokens per second.
+"""Every engine and client library beside torch on one model: vectors, tokens per second, longest text, file.
 
-    python -m hub_repo.engines --model hub_repo/tiny --output DIR [--lengths 128 2048] [--threads 1] [--node FOLDER]
+    python -m hub_repo.engines --model hub_repo/tiny --output DIR --environments CACHE [--lengths 128 2048]
 
-Law: every engine computes the same token ids on the same number of threads, in turns, so that what else the machine
-does falls on all of them; the median of the rounds is reported, with the command and the machine.
+Law: every engine is held against torch, with a control that must fail, and what cannot be run stands in the table with
+the reason. onnxruntime, OpenVINO and torch compute the same token ids in turns; the others, each in an environment of
+its own that is installed once, are processes of their own. Without --environments those are not run.
 """
 
 import argparse
+import datetime
 import json
+import logging
 import os
 import platform
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from modeling_jina_bert import JinaBertModel
 
-from . import node_engines
+from .checkpoint_files import WEIGHTS
+from .client_engines import client_rows
+from .engine_measure import TOKENS_PER_CALL, TORCH, Settings, Subject, or_error, speeds, timed_batch, torch_engine
+from .engine_rows import (
+    RUNGS,
+    Check,
+    Missing,
+    Row,
+    first_of_each,
+    reach,
+    row_of,
+    rung_texts,
+    table,
+    tokenized,
+    whole_words,
+)
 from .export import Formats, export_formats
+from .gguf_export import TOLERANCES as GGUF_TOLERANCES
 from .gguf_export import gguf_name, read_gguf
 from .loading import quiet_transformers
+from .node_engines import GGUF_KINDS, node_rows, tokenizer_remark
 from .onnx_export import FILES, onnxruntime_engine
+from .onnx_export import TOLERANCES as ONNX_TOLERANCES
 from .openvino_export import FILE as OPENVINO
+from .openvino_export import TOLERANCES as OPENVINO_TOLERANCES
 from .openvino_export import openvino_engine
-from .parity import LENGTHS, Batch, agreement, check_batches, torch_embeddings
+from .parity import LENGTHS, Run, Tolerance, check_batches, disturbed, torch_embeddings
 from .tei import tanh_agreement
 
-TOKENS_PER_CALL = 4096
-"""Tokens of the batch that is timed, at every length."""
-_NODE_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}  # precision -> what transformers.js calls it
-_TEXTS = ("How is the weather today?", "Ünïcödé, it's 12.5 % (of naïve café-goers)!", "日本語 and 中文 mixed", "don't")
+logger = logging.getLogger(f"{__package__}.engines")  # under that name as __main__, too
+
+_LEGEND = """\
+Error: largest difference of a component of the embeddings (length 1) from torch's; cosine: the smallest to torch's.
+Agrees: both are within the tolerance of the precision on short, odd, long and padded input, and the same model with
+disturbed weights is outside it. Reads (asked once an engine): the longest of texts of {rungs} tokens that
+is read whole.
+Tokens/s: calls of {tokens:,} tokens, the median of {rounds}; in brackets the ratio to torch measured next to it.
+fastembed, LangChain and LlamaIndex get texts, as documents and as queries, and tokenise them with their own defaults;
+the others get token ids, llama.cpp and transformers.js one sequence a call."""
 
 
 @dataclass
-class Row:
-    """An engine's line of the table.
+class Report:
+    """What was measured so far; the fields of engines.json.
 
     Attributes:
-        engine: Its name and precision.
-        megabytes: Of its file or files.
-        error: Largest difference of a component of the embeddings (length 1) from torch's; not a number for torch.
-        cosine: Smallest cosine to torch's.
-        speed: Length in tokens -> tokens per second.
+        command: That measured it.
+        machine: On which.
+        settings: Model, lengths, rounds and threads: what `--resume` compares.
+        rows: Torch first.
+        missing: Engines that were not run.
+        remarks: Sentences below the table.
     """
 
-    engine: str
-    megabytes: float
-    error: float = float("nan")
-    cosine: float = float("nan")
-    speed: dict[int, float] = field(default_factory=dict)
+    command: str
+    machine: str
+    settings: dict
+    rows: list[Row] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def save(self, output: Path):
+        """Writes engines.json whole or not at all."""
+        part = output / ".engines.json.partial"
+        part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        os.replace(part, output / "engines.json")
+
+    def resume(self, output: Path):
+        """Takes over the rows that were measured with the same settings; what was missing is tried again."""
+        path = output / "engines.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if found.get("settings") == self.settings:
+            self.rows = [row_of(fields) for fields in found["rows"]]
+
+    def markdown(self) -> str:
+        """The table with what it takes to read it."""
+        rungs = f"{', '.join(f'{x:,}' for x in RUNGS[:-1])} and {RUNGS[-1]:,}"
+        legend = _LEGEND.format(rungs=rungs, tokens=TOKENS_PER_CALL, rounds=self.settings["rounds"])
+        remarks = "\n".join(self.remarks)
+        lines = table(self.rows, self.missing, self.settings["lengths"])
+        return f"{lines}\n\n{legend}\n\n{remarks}\n\n`{self.command}`\n({self.machine})\n"
 
 
-def timed_batch(length: int, vocab_size: int) -> Batch:
-    """`TOKENS_PER_CALL` tokens in sequences of one length, no padding.
-
-    Args:
-        length: In tokens.
-        vocab_size: Token ids are drawn from 1 ... `vocab_size` - 1.
-    """
-    shape = (max(1, TOKENS_PER_CALL // length), length)
-    ids = np.random.default_rng(1).integers(1, vocab_size, shape)
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-
-
-def speeds(runs: dict[str, Callable[[Batch], np.ndarray]], batch: Batch, rounds: int) -> dict[str, float]:
-    """Tokens per second of each engine: the median of `rounds`, the engines taking turns, after a call that warms up.
-
-    Args:
-        runs: Name -> engine.
-        batch: What is computed.
-        rounds: At least 1.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(batch)
-            if round:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: batch["input_ids"].size / statistics.median(found) for name, found in seconds.items()}
-
-
-def measure(model_path: str, output: Path, *, lengths: Sequence[int], rounds: int, threads: int, node: Path | None):
-    """Exports a model in every format and measures the engines.
+def measure(model_path: str, output: Path, settings: Settings, report: Report):
+    """Exports a model in every format and measures the engines; the report is saved after each.
 
     Args:
         model_path: A checkpoint, as `hub_repo.export` takes it.
         output: Folder to write; the export goes to `output/NAME`, that for text-embeddings-inference to `NAME-tei`.
-        lengths: In tokens, of the timed batches.
-        rounds: Of each engine at each length.
-        threads: Of each engine.
-        node: Folder with `node_modules`, for llama.cpp and transformers.js; None leaves them out.
+        settings: Lengths, rounds, threads, and where other engines are.
+        report: Filled; engines that it has are not measured again, and if it has any, nothing is exported again.
 
-    Returns:
-        The rows, torch first, and remarks.
+    Raises:
+        ValueError, RuntimeError, OSError, ImportError: The model cannot be exported.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(settings.threads)
     name = Path(model_path).resolve().name
-    folder, kinds = output / name, ("f16", "q8_0")
-    formats = Formats(onnx=tuple(FILES), openvino=True, gguf=kinds, tei=output / f"{name}-tei")
-    export_formats(model_path, folder, dtype="float32", formats=formats)
-    model = JinaBertModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-    runs = {"torch, float32": lambda batch: torch_embeddings(model, batch)}
-    paths = {"torch, float32": folder / "model.safetensors"}
-    for precision, file in FILES.items():
-        paths[f"onnxruntime, {precision}"] = folder / file
-        runs[f"onnxruntime, {precision}"] = onnxruntime_engine(folder / file, threads)
-    paths["OpenVINO, fp32"] = (folder / OPENVINO).with_suffix(".bin")
-    runs["OpenVINO, fp32"] = openvino_engine(folder / OPENVINO, threads)
-    batches = check_batches(model.config.vocab_size, LENGTHS)
-    expected = [runs["torch, float32"](batch) for batch in batches]
-    rows = [_row(engine, paths[engine], [run(batch) for batch in batches], expected) for engine, run in runs.items()]
-    for length in lengths:
-        for row, speed in zip(
-            rows, speeds(runs, timed_batch(length, model.config.vocab_size), rounds).values(), strict=True
-        ):
-            row.speed[length] = speed
-    remarks = [
-        f"GELU by its tanh approximation, as in llama.cpp and text-embeddings-inference: {tanh_agreement(model)}."
-    ]
-    for kind in kinds:
-        path = folder / gguf_name(folder, kind)
-        twin = read_gguf(path, model)
-        found = [torch_embeddings(twin, batch) for batch in batches]
-        rows.append(_row(f"torch with the tensors of GGUF {kind}", path, found, expected))
-    if node is not None:
-        try:
-            more, remark = _node_rows(folder, model, node, kinds, lengths, rounds, threads)
-        except RuntimeError as error:  # the engines above were measured, and that took minutes
-            more, remark = [], f"llama.cpp and transformers.js are missing: {' '.join(str(error).split())}"
-        rows, remarks = rows + more, [*remarks, remark]
-    return rows, remarks
+    if not report.rows:
+        formats = Formats(onnx=tuple(FILES), openvino=True, gguf=GGUF_KINDS, tei=output / f"{name}-tei")
+        export_formats(model_path, output / name, dtype="float32", formats=formats)
+    model = JinaBertModel.from_pretrained(output / name, dtype=torch.float32).eval()
+    texts = rung_texts(whole_words(model))
+    whole = [torch_embeddings(model, tokenized(model, [text])) for text in texts]
+    subject = Subject(output / name, model, disturbed(model), texts, whole)
+    if not report.rows:
+        report.rows = local_rows(subject, settings)
+        report.save(output)
+    known = {row.engine for row in report.rows}
+    for found in chain(node_rows(subject, settings, known), client_rows(subject, settings, known)):
+        (report.rows if isinstance(found, Row) else report.missing).append(found)
+        report.save(output)
+        logger.info("%s: %s", found.engine, "measured" if isinstance(found, Row) else found.reason)
+    tanh = f"GELU by its tanh approximation, as in llama.cpp and text-embeddings-inference: {tanh_agreement(model)}."
+    report.remarks = [tanh, tokenizer_remark(subject, settings)]
+    report.save(output)
 
 
-def _row(engine: str, path: Path, found, expected) -> Row:
-    result = agreement(found, expected)
-    return Row(engine, path.stat().st_size / 1e6, result.error, result.cosine)
-
-
-def _node_rows(folder: Path, model: JinaBertModel, node: Path, kinds, lengths, rounds: int, threads: int):
-    """llama.cpp and transformers.js; each length is a process of its own, so they take no turns with the others."""
-    special = model.tokenizer.cls_token_id, model.tokenizer.sep_token_id
-    batches = [_between(batch, special) for batch in check_batches(model.config.vocab_size, LENGTHS)[1:]]
-    sequences = [batch["input_ids"][0] for batch in batches]
-    expected = [torch_embeddings(model, batch) for batch in batches]
-    engines = {
-        f"llama.cpp, {kind}": (folder / gguf_name(folder, kind), node_engines.run_llama_cpp, {}) for kind in kinds
+def local_rows(subject: Subject, settings: Settings) -> list[Row]:
+    """Torch and the engines whose packages are installed beside it; then torch with the tensors of the GGUF files."""
+    folder, model = subject.folder, subject.model
+    runs: dict[str, tuple[Run, Path, str, Tolerance]] = {
+        TORCH: (torch_engine(subject), folder / WEIGHTS, "torch", Tolerance(1e-6, 1 - 1e-6))
     }
-    for precision, dtype in _NODE_DTYPES.items():
-        options = {"dtype": dtype}
-        engines[f"transformers.js, {precision}"] = (folder, node_engines.run_transformers_js, options)
+    for precision, file in FILES.items():
+        engine = onnxruntime_engine(folder / file, settings.threads)
+        runs[f"onnxruntime, {precision}"] = engine, folder / file, "onnxruntime", ONNX_TOLERANCES[precision]
+    engine, weights = openvino_engine(folder / OPENVINO, settings.threads), (folder / OPENVINO).with_suffix(".bin")
+    runs["OpenVINO, fp32"] = engine, weights, "openvino", OPENVINO_TOLERANCES[False]
+    check = Check.of(model, subject.twin, check_batches(model.config.vocab_size, LENGTHS))
     rows = []
-    for engine, (path, run, options) in engines.items():
-        result = run(node, path, sequences, threads=threads, **options)
-        file = path if path.is_file() else folder / FILES[engine.split(", ")[1]]
-        row = _row(engine, file, [vector[None] for vector in result.vectors], expected)
-        for length in lengths:
-            batch = _between(timed_batch(length, model.config.vocab_size), special)
-            seconds = run(node, path, batch["input_ids"], rounds=rounds, threads=threads, **options).seconds
-            row.speed[length] = batch["input_ids"].size / statistics.median(seconds)
+    for name, (run, path, package, tolerance) in runs.items():
+        found = [run(batch) for batch in check.batches]
+        row = check.row(name, version(package), path.stat().st_size, found, tolerance)
+        if name in first_of_each(list(runs)):
+            read = subject.whole if name == TORCH else [or_error(run, batch) for batch in subject.rungs]
+            row.reach = reach(read, subject.whole, tolerance)
         rows.append(row)
-    return rows, _tokenizer_remark(folder, model, node, kinds[0])
+        logger.info("%s: measured", name)
+    rows[0].control = None  # torch is what all are held against
+    for length in settings.lengths:
+        found = speeds(
+            {name: x[0] for name, x in runs.items()}, timed_batch(length, model.config.vocab_size), settings.rounds
+        )
+        for row in rows:
+            row.speed[length], row.relative[length] = found[row.engine], found[row.engine] / found[TORCH]
+    return rows + _gguf_rows(subject, check)
 
 
-def _between(batch: Batch, special: tuple[int, int]) -> Batch:
-    """The batch with the first and the last token of every sequence special, as llama.cpp wants them."""
-    ids = batch["input_ids"].copy()
-    ids[:, 0], ids[:, -1] = special
-    return {**batch, "input_ids": ids}
+def _gguf_rows(subject: Subject, check: Check) -> list[Row]:
+    """Torch with what the GGUF files hold: the part of llama.cpp's error that comes from the file."""
+    rows = []
+    for kind in GGUF_KINDS:
+        path = subject.folder / gguf_name(subject.folder, kind)
+        twin = read_gguf(path, subject.model)
+        found = [torch_embeddings(twin, batch) for batch in check.batches]
+        name = f"torch with the tensors of GGUF {kind}"
+        rows.append(check.row(name, version("gguf"), path.stat().st_size, found, GGUF_TOLERANCES[kind]))
+    return rows
 
 
-def _tokenizer_remark(folder: Path, model: JinaBertModel, node: Path, kind: str) -> str:
-    result = node_engines.run_llama_cpp(node, folder / gguf_name(folder, kind), [], texts=_TEXTS)
-    ours = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in _TEXTS]
-    other = [text for text, found, own in zip(_TEXTS, result.tokens, ours, strict=True) if found != own]
-    if other:
-        return f"llama.cpp splits {len(other)} of {len(_TEXTS)} texts otherwise: {other}."
-    return f"llama.cpp splits {len(_TEXTS)} texts of several scripts as our tokenizer does."
-
-
-def table(rows: Sequence[Row], lengths: Sequence[int]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| engine | file, MB | largest error | cosine | " + " | ".join(f"tokens/s at {x:,}" for x in lengths) + " |",
-        "|---|---:|---:|---:|" + "---:|" * len(lengths),
-    ]
-    for index, row in enumerate(rows):
-        agrees = ["-", "-"] if index == 0 else [f"{row.error:.1e}", f"{row.cosine:.7f}"]
-        cells = [f"{row.speed[x]:,.0f}" if x in row.speed else "-" for x in lengths]
-        lines.append("| " + " | ".join([row.engine, f"{row.megabytes:.1f}", *agrees, *cells]) + " |")
-    return "\n".join(lines)
+def _machine(threads: int) -> str:
+    """The processor, its cores, versions and the day."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    day = datetime.datetime.now(datetime.timezone.utc).date()
+    software = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{processor}, {os.cpu_count()} cores, {threads} used by each engine; {software}; {day}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: prints the table, and writes it with the machine to `output/engines.md` and `engines.json`."""
+    """Entry point: prints the table, and writes it to `output/engines.md` and `.json`; 1 if an engine disagrees."""
     parser = argparse.ArgumentParser(prog="hub_repo.engines", description="Every engine beside torch.")
     parser.add_argument("--model", required=True, help="checkpoint, or a folder of ours")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
@@ -209,27 +205,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--node", type=Path, metavar="FOLDER", help="with node-llama-cpp and @huggingface/transformers"
+        "--environments", type=Path, metavar="FOLDER",
+        help="where fastembed, LangChain, LlamaIndex, llama.cpp and transformers.js are installed, once (5 GB)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--node", type=Path, metavar="FOLDER", help="one with node-llama-cpp and @huggingface/transformers"
     )
+    parser.add_argument("--resume", action="store_true", help="keep what engines.json of the same settings has")
     arguments = parser.parse_args(argv)
-    if min(arguments.lengths) < 1 or arguments.rounds < 1 or arguments.threads < 1:
-        parser.error("lengths, rounds and threads are at least 1")
+    if min(arguments.lengths) < 2 or arguments.rounds < 1 or arguments.threads < 1:
+        parser.error("lengths are at least 2, rounds and threads at least 1")
     quiet_transformers()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    settings = Settings(arguments.lengths, arguments.rounds, arguments.threads, arguments.environments, arguments.node)
+    command = shlex.join(["python", "-m", "hub_repo.engines", *(sys.argv[1:] if argv is None else argv)])
+    same = {name: getattr(arguments, name) for name in ("model", "lengths", "rounds", "threads")}
+    report = Report(command, _machine(arguments.threads), same)
     try:
-        rows, remarks = measure(
-            arguments.model, arguments.output, lengths=arguments.lengths, rounds=arguments.rounds,
-            threads=arguments.threads, node=arguments.node,
-        )  # fmt: skip
+        if arguments.resume:
+            report.resume(arguments.output)
+        measure(arguments.model, arguments.output, settings, report)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    command = shlex.join(["python", "-m", "hub_repo.engines", *(sys.argv[1:] if argv is None else argv)])
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} used; torch {torch.__version__}"
-    text = "\n".join([table(rows, arguments.lengths), "", *remarks, f"`{command}` ({machine})", ""])
+    text = report.markdown()
     (arguments.output / "engines.md").write_text(text, encoding="utf-8")
-    report = {"command": command, "machine": machine, "remarks": remarks, "rows": [asdict(row) for row in rows]}
-    (arguments.output / "engines.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(text, end="")
+    if wrong := [row.engine for row in report.rows if not row.agrees]:
+        print(f"error: other vectors than torch's: {', '.join(wrong)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -49,6 +49,13 @@ _METRICS = {
     "mrr_at_10": ("information-retrieval", "cosine_mrr@10", "MRR@10"),
     "map_at_10": ("information-retrieval", "cosine_map@10", "MAP@10"),
     "recall_at_10": ("information-retrieval", "cosine_recall@10", "Recall@10"),
+    "recall_at_100": ("information-retrieval", "cosine_recall@100", "Recall@100"),
+    "ap": ("pair-classification", "cosine_ap", "Average precision"),
+    "best_f1": ("pair-classification", "cosine_f1", "F1, best threshold"),
+    "best_accuracy": ("pair-classification", "cosine_accuracy", "Accuracy, best threshold"),
+    "v_measure": ("clustering", "v_measure", "V-measure"),
+    "accuracy": ("text-classification", "accuracy", "Accuracy"),
+    "macro_f1": ("text-classification", "f1", "F1, macro"),
 }
 
 

@@ -1,12 +1,28 @@
-"""Losses against a slow float64 reference of the paper's formulas, and the loading of pairs and negatives."""
+"""Losses against a slow float64 reference of the paper's formulas, the batches, the loading of pairs and negatives.
+
+Laws: mini-batches of any kind change neither loss nor gradients; a batch has one source and no text twice, and follows
+from the seed and its number alone; what is wrong with a row is said with its source and number.
+"""
+
+import csv
+import itertools
+import json
+import math
+from collections import Counter
 
 import pytest
 import torch
 from conftest import REPOSITORY, tiny_config
+from datasets import Dataset, DatasetDict
 from torch.nn.functional import normalize
 
 from modeling_jina_bert import JinaBertModel
-from training.contrastive import build_loss, load_model, load_sources
+from training.contrastive import load_model
+from training.losses import build_loss
+from training.packing import Reader
+from training.pair_evaluation import retrieval_set
+from training.pair_sampling import ProcessBatches, SourceBatches
+from training.pair_sources import load_sources, split_heldout
 from training.recipe import ContrastiveRecipe, RecipeError, Source
 
 DATA = REPOSITORY / "tests" / "data"
@@ -41,17 +57,28 @@ def recipe(folder, **changes) -> ContrastiveRecipe:
     return ContrastiveRecipe(**{"model": str(folder), "data_dir": str(DATA), "sources": sources, **changes})
 
 
-@pytest.mark.parametrize("mini_batch_size", [None, 3])
-@pytest.mark.parametrize("num_negatives", [0, 15])
-def test_the_loss_is_half_of_the_paper(folder, num_negatives, mini_batch_size):
-    config = recipe(folder, num_negatives=num_negatives, mini_batch_size=mini_batch_size)
+def cut(embeddings: torch.Tensor, dimension: int | None) -> torch.Tensor:
+    return embeddings[:, :dimension]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mini_batch_size": 3},
+        {"mini_batch_tokens": 150, "mini_batch_size": 2},
+        {"matryoshka_dims": [64, 24]},
+        {"matryoshka_dims": [64, 24], "mini_batch_tokens": 150},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_negatives", [0, 3])
+def test_the_loss_is_half_of_the_paper(folder, num_negatives, options):
+    config = recipe(folder, num_negatives=num_negatives, **options)
     model = load_model(config).double()
     rows = load_sources(config)["facts"].select(range(7))
-    texts = [rows["anchor"][:], rows["positive"][:]]
-    texts += [rows[f"negative_{i}"][:] for i in range(1, num_negatives + 1)]
-    features = [
-        model.preprocess(column) if hasattr(model, "preprocess") else model.tokenize(column) for column in texts
-    ]
+    features = [model.preprocess(rows[column][:]) for column in rows.column_names]
+    assert len(features) == 2 + num_negatives
 
     loss = build_loss(model, config)(features, torch.empty(0))
     loss.backward()
@@ -59,7 +86,10 @@ def test_the_loss_is_half_of_the_paper(folder, num_negatives, mini_batch_size):
 
     model.zero_grad()
     embeddings = [model(dict(feature))["sentence_embedding"] for feature in features]
-    expected = paper_loss(embeddings[0], embeddings[1], embeddings[2:])
+    expected = sum(
+        paper_loss(*(cut(e, dimension) for e in embeddings[:2]), [cut(e, dimension) for e in embeddings[2:]])
+        for dimension in options.get("matryoshka_dims", [None])
+    )
     (expected / 2).backward()
 
     assert loss.item() == pytest.approx(expected.item() / 2, rel=1e-9)
@@ -67,6 +97,39 @@ def test_the_loss_is_half_of_the_paper(folder, num_negatives, mini_batch_size):
     for name, parameter in model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_mini_batches_keep_the_budget_and_hold_texts_of_like_length(folder):
+    config = recipe(folder, mini_batch_tokens=200, max_length=64)
+    model = load_model(config)
+    rows = load_sources(config)["facts"].select(range(40))
+    features = [model.preprocess(rows[column][:]) for column in ("anchor", "positive")]
+    seen = []
+    forward = model.forward
+    model.forward = lambda batch, **kwargs: seen.append(batch["attention_mask"].clone()) or forward(batch, **kwargs)
+    build_loss(model, config)(features, torch.empty(0)).backward()
+    assert sum(map(len, seen)) == 2 * 2 * 40  # every text twice: without and with gradients
+    assert 2 * 2 < len(seen) < 2 * 2 * 40 / 2
+    assert all(mask.sum() <= 200 for mask in seen)
+    padding = sum(int((mask == 0).sum()) for mask in seen)
+    whole = 2 * sum(int((feature["attention_mask"] == 0).sum()) for feature in features)
+    assert padding < 0.3 * whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mini_batch_tokens": 0}, "mini_batch_tokens=0 is below 1"),
+        ({"mini_batch_size": 0}, "mini_batch_size=0 is below 1"),
+        ({"temperature": 0.0}, "temperature=0.0 is not above 0"),
+        ({"matryoshka_dims": [64, 65]}, "from 1 to the model's 64"),
+        ({"matryoshka_dims": [64, 64]}, "different dimensions"),
+    ],
+)
+def test_losses_that_cannot_be_are_refused(folder, changes, message):
+    config = recipe(folder, **changes)
+    with pytest.raises(RecipeError, match=message):
+        build_loss(load_model(config), config)
 
 
 def test_negatives_are_filled_or_refused(folder, tmp_path):
@@ -84,12 +147,125 @@ def test_negatives_are_filled_or_refused(folder, tmp_path):
         assert row["positive"] not in negatives
 
 
-def test_weights_multiply_rows(folder):
-    counts = {}
-    for weight in (1.0, 0.5, 2.5):
-        sources = [Source(name="facts", path="pairs.jsonl", weight=weight)]
-        counts[weight] = len(load_sources(recipe(folder, sources=sources))["facts"])
-    assert counts == {1.0: 140, 0.5: 70, 2.5: 350}
+def texts_of(dataset, rows) -> list[str]:
+    return [text for row in rows for text in dataset[row].values()]
+
+
+def numbered(name: str, rows: int, different: int | None = None) -> Dataset:
+    """Pairs; every anchor comes again after `different` rows."""
+    different = different or rows
+    return Dataset.from_dict(
+        {
+            "anchor": [f"{name} question {i % different}" for i in range(rows)],
+            "positive": [f"{name} answer {i}" for i in range(rows)],
+        }
+    )
+
+
+SOURCES = {"a": numbered("a", 90), "b": numbered("b", 40, different=13), "c": numbered("c", 30)}
+WEIGHTS = {"a": 0.5, "b": 1.0, "c": 2.0}
+
+
+def source_batches(**changes) -> SourceBatches:
+    return SourceBatches(SOURCES, WEIGHTS, **{"size": 8, "seed": 3, **changes})
+
+
+def test_batches_have_one_source_and_no_text_twice():
+    batches, counts = source_batches(), Counter()
+    for drawn in itertools.islice(batches, 1000):
+        texts = texts_of(SOURCES[drawn.source], drawn.rows)
+        assert len(drawn.rows) == 8
+        assert len(set(texts)) == 16
+        counts[drawn.source] += 1
+    for name, share in {"a": 45 / 145, "b": 40 / 145, "c": 60 / 145}.items():  # size times weight
+        assert counts[name] == pytest.approx(1000 * share, abs=4 * math.sqrt(1000 * share * (1 - share)))
+    assert batches.per_epoch == round(145 / 8)
+
+
+def test_a_pass_reads_every_row_once_in_an_order_of_its_own():
+    batches = SourceBatches({"a": SOURCES["a"]}, {"a": 1.0}, size=8, seed=3)
+    first = [row for drawn in itertools.islice(batches, 11) for row in drawn.rows]
+    second = [row for drawn in itertools.islice(batches, 11) for row in drawn.rows]
+    assert len(set(first)) == len(first) == 88  # of 90: the rest makes no batch
+    assert len(set(second)) == len(second) == 88
+    assert first != second
+    # Rows that had to wait are not lost: 40 rows with 13 anchors, each of them 3 or 4 times.
+    batches = SourceBatches({"b": SOURCES["b"]}, {"b": 1.0}, size=8, seed=3)
+    rows = [row for drawn in itertools.islice(batches, 4) for row in drawn.rows]
+    assert len(set(rows)) == 32
+
+
+def test_batches_go_on_from_any_place():
+    batches = source_batches()
+    drawn = list(itertools.islice(batches, 60))
+    assert drawn == list(itertools.islice(source_batches(), 60))
+    assert drawn[:10] != list(itertools.islice(source_batches(seed=4), 10))
+    for place in (1, 17, 43):
+        resumed = source_batches(place=json.loads(json.dumps(drawn[place - 1].place)))
+        assert list(itertools.islice(resumed, 60 - place)) == drawn[place:]
+
+
+def test_the_rows_of_all_processes_are_one_batch():
+    offsets = {"a": 0, "b": 90, "c": 130}
+    epochs = [
+        list(ProcessBatches(source_batches(), offsets, reader=Reader(rank, 4), per_epoch=12)) for rank in range(4)
+    ]
+    whole = list(itertools.islice(source_batches(), 12))
+    for drawn, *parts in zip(whole, *epochs, strict=True):
+        assert all(len(part) == 2 for part in parts)
+        assert [row for part in parts for row in part] == [offsets[drawn.source] + row for row in drawn.rows]
+
+
+def test_what_was_fetched_ahead_is_not_taken_for_trained_on():
+    reader, per_epoch = Reader(0, 1), 10
+    offsets = {"a": 0, "b": 90, "c": 130}
+    sampler = ProcessBatches(source_batches(), offsets, reader=reader, per_epoch=per_epoch, total=25)
+    epoch = list(sampler)  # a loader with workers has fetched all of it
+    place = [sampler.taken(number).place for number in range(1, 5)][-1]
+    resumed = ProcessBatches(source_batches(place=place), offsets, reader=reader, per_epoch=per_epoch, total=25)
+    assert list(resumed) == epoch[4:]
+    assert [len(list(resumed)), len(list(resumed)), len(list(resumed))] == [10, 5, 0]  # epochs stay where they were
+
+
+def test_a_source_that_makes_no_batch_is_named():
+    with pytest.raises(RecipeError, match=r"source b: a batch needs 16 rows .* its 40 rows gave 13"):
+        source_batches(size=16)
+    with pytest.raises(RecipeError, match=r"source c: .* its 30 rows gave 30"):
+        SourceBatches({"c": SOURCES["c"]}, WEIGHTS, size=31, seed=0)
+
+
+def test_anchors_are_held_out_as_a_whole(folder):
+    config = recipe(folder, sources=[Source(name="b", heldout_share=0.3), Source(name="a")])
+    training, heldout = split_heldout(DatasetDict(b=SOURCES["b"], a=SOURCES["a"]), config)
+    assert list(heldout) == ["b"]
+    assert training["a"].to_dict() == SOURCES["a"].to_dict()
+    sides = [set(side["b"]["anchor"]) for side in (training, heldout)]
+    assert sides[0].isdisjoint(sides[1])
+    assert len(sides[0] | sides[1]) == 13
+    assert len(training["b"]) + len(heldout["b"]) == 40
+    with pytest.raises(RecipeError, match=r"source b: heldout_share=1e-09 takes 0 of its 40 rows"):
+        split_heldout(DatasetDict(b=SOURCES["b"]), recipe(folder, sources=[Source(name="b", heldout_share=1e-9)]))
+
+
+def test_the_held_out_are_searched_among_all():
+    heldout, training = SOURCES["b"].select(range(20)), SOURCES["b"].select(range(20, 40))
+    queries, corpus, relevant = retrieval_set(heldout, training, queries=5, corpus=30)
+    assert list(queries.values()) == [f"b question {i}" for i in range(5)]
+    assert len(corpus) == len(set(corpus.values())) == 30
+    for query, found in relevant.items():
+        number = int(queries[query].split()[-1])
+        expected = {f"b answer {i}" for i in range(20) if i % 13 == number}
+        assert {corpus[document] for document in found} == expected
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_tables_are_read_as_text(folder, tmp_path, suffix, separator):
+    rows = [["question", "answer"], ["What is missing?", "NA"], ["A, b?", 'say "c"\nand d'], ["", "nothing"]]
+    with open(tmp_path / f"mine{suffix}", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    sources = [Source(name="mine", path=f"mine{suffix}", anchor="question", positive="answer")]
+    found = load_sources(recipe(folder, data_dir=str(tmp_path), sources=sources))["mine"]
+    assert [list(row.values()) for row in found] == rows[1:3]
 
 
 def test_useless_pairs_are_dropped_and_an_empty_source_is_an_error(folder, tmp_path):
@@ -106,13 +282,39 @@ def test_useless_pairs_are_dropped_and_an_empty_source_is_an_error(folder, tmp_p
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"path": "pairs.jsonl", "anchor": "question"}, "no column 'question'"),
-        ({"path": "pairs.jsonl", "weight": 0.0}, "weight=0.0"),
+        ({"anchor": "question"}, "source x: no column 'question'; it has query, positive"),
+        ({"weight": 0.0}, "source x: weight=0.0"),
+        ({"anchor": "positive"}, "source x: anchor and positive are the same column"),
+        ({"heldout_share": 1.0}, "source x: heldout_share=1.0"),
     ],
 )
 def test_wrong_sources_are_named(folder, source, message):
     with pytest.raises(RecipeError, match=message):
-        load_sources(recipe(folder, sources=[Source(name="x", **source)]))
+        load_sources(recipe(folder, sources=[Source(name="x", path="pairs.jsonl", **source)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "query,positive\nwhat is 6 x 7?,42\n", r"'positive' of row 0 is 42 \(int\), not a text"),
+        ("x.csv", "query,positive\na,b\nc,d,e\n", "Expected 2 fields in line 3, saw 3"),
+        ("x.jsonl", '{"query": "a", "positive": ["b"]}\n', r"'positive' of row 0 is \['b'\] \(list\), not a text"),
+        ("x.jsonl", '{"query": "a", "positive": "b"}\n{"query": \n', "JSON parse error"),
+        (
+            "x.jsonl",
+            '{"query": "a", "positive": "b", "negatives": [["c"]]}\n',
+            "of row 0 holds something else than text",
+        ),
+        ("x.jsonl", '{"query": "a", "positive": "b", "negative": "c"}\n', "no column 'negatives'"),
+    ],
+)
+def test_records_that_are_no_text_are_named(folder, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    sources = [Source(name="mine", path=name)]
+    config = recipe(folder, data_dir=str(tmp_path), sources=sources, num_negatives=int("negative" in content))
+    with pytest.raises(RecipeError, match=message) as error:
+        load_sources(config)
+    assert str(error.value).startswith("source mine: ")
 
 
 def test_another_model_is_refused(tmp_path, tokenizer):

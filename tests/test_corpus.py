@@ -25,7 +25,7 @@ from datatrove.data import Document
 from hub_server import serve
 from tokenizers import Tokenizer
 
-from training import corpus
+from training import corpus, executors
 from training.corpus_recipe import CorpusRecipe, Executor, Language, Minhash, Quality, check
 from training.corpus_steps import (
     LinguaFilter,
@@ -498,7 +498,7 @@ def test_the_published_recipes_are_valid(name, tmp_path):
     ours = load_recipe(CorpusRecipe, RECIPES / f"{name}.yaml", [f"output_dir={tmp_path}"])
     assert all(source.url for source in ours.sources)
     assert ours.heldout_share == 0.01
-    chain = corpus.executors(ours)
+    chain = executors.executors(ours, corpus.stages(ours), job="corpus")
     assert chain["filter"].world_size == ours.executor.tasks
     assert chain["clusters"].world_size == 1
 
@@ -551,7 +551,8 @@ def test_slurm_gets_the_same_pipelines_as_jobs_in_order(data, finished, cluster,
         assert "source env/bin/activate\n" in script
         assert f"launch_pickled_pipeline {output}/logs/{stage}/executor.pik" in script
         pickle = (output / "logs" / stage / "executor.pik").read_bytes()
-        local = corpus.executors(recipe(data, output))[stage]
+        ours = recipe(data, output)
+        local = executors.executors(ours, corpus.stages(ours), job="corpus")[stage]
         assert [str(step) for step in dill.loads(pickle).pipeline] == [str(step) for step in local.pipeline[1:]]
         monkeypatch.setenv("SLURM_NODELIST", "node-1")
         for task in range(tasks):  # what the script starts on a node
@@ -568,9 +569,9 @@ def test_ray_is_asked_for_only_where_it_is_wanted(data, tmp_path, monkeypatch):
     wanted = recipe(data, tmp_path, executor=Executor(kind="ray", tasks=3, options={"mem_per_cpu_gb": 4}))
     if find_spec("ray") is None:
         with pytest.raises(RecipeError, match=r'needs Ray: pip install "ray\[default\]"'):
-            corpus.executors(wanted)
-    monkeypatch.setattr(corpus, "find_spec", lambda name: True)
-    chain = corpus.executors(wanted)
+            executors.executors(wanted, corpus.stages(wanted), job="corpus")
+    monkeypatch.setattr(executors, "find_spec", lambda name: True)
+    chain = executors.executors(wanted, corpus.stages(wanted), job="corpus")
     assert {type(executor).__name__ for executor in chain.values()} == {"RayPipelineExecutor"}
     assert chain["tokens"].world_size == 3
     assert chain["tokens"].mem_per_cpu_gb == 4

@@ -1,5 +1,5 @@
 """Laws of the local evaluation: the measures are those computed by hand; a score is computed once for the same model,
-settings and set; texts are embedded as if alone; a wrong input ends with one line that names it.
+settings, protocol and texts; texts are embedded as if alone; a wrong input ends with one line that names it.
 """
 
 import json
@@ -15,12 +15,17 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import AutoTokenizer
 
 from evaluation import local, systems
-from evaluation.local import evaluate, main, retrieval_scores, score, table_rows
-from evaluation.sets import EvaluationError, PairSet, RetrievalSet, available_sets, load_set
+from evaluation.local import evaluate, main
+from evaluation.metrics import MEASURES, TASK_MEASURES, retrieval_scores
+from evaluation.records import read_samples, samples_path
+from evaluation.scoring import Protocol, score
+from evaluation.sets import EvaluationError, PairSet, RetrievalSet, available_sets, load_set, select_sets
 from evaluation.systems import BM25, EmbeddingModel, batch_size_for, load_system, top_k
+from evaluation.tables import table_rows
 from modeling_jina_bert import JinaBertConfig, JinaBertModel
 
 TOKENIZER = Path(__file__).parents[1] / "hub_repo" / "tiny"
+DEFAULT = Protocol()
 
 DOCUMENTS = [
     {"_id": "d1", "title": "Whales", "text": "Whales are mammals of the sea."},
@@ -101,6 +106,10 @@ class HandMade:
         self.calls += 1
         return (self._stack(first) * self._stack(second)).sum(axis=1)
 
+    def vectors(self, texts):
+        self.calls += 1
+        return self._stack(texts), 0
+
     def _stack(self, texts):
         return np.array([self.vectors[text] for text in texts], dtype=np.float32)
 
@@ -117,20 +126,29 @@ def test_measures_equal_those_computed_by_hand():
     )
     # q1 scores d1 .9, d2 .8, d3 .1, d4 -.5: d2 is 2nd, d4 is 4th. q2 scores d4 .9, d3 .7, d1 .6, d2 .5: d1 is 3rd.
     vectors = {"east": [1, 0], "north": [0, 1], "a": [0.9, 0.6], "b": [0.8, 0.5], "c": [0.1, 0.7], "d": [-0.5, 0.9]}
-    result = score(HandMade(vectors), dataset)
+    result = score(HandMade(vectors), dataset, DEFAULT)
     first = (2 / math.log2(3) + 1 / math.log2(5)) / (2 + 1 / math.log2(3))
     second = 1 / math.log2(4)
-    assert result["metrics"]["ndcg_at_10"] == pytest.approx((first + second) / 2, rel=1e-12)
-    assert result["metrics"]["mrr_at_10"] == pytest.approx((1 / 2 + 1 / 3) / 2, rel=1e-12)
-    assert result["metrics"]["recall_at_10"] == 1.0
-    assert result["sizes"] == {"queries": 2, "documents": 4, "truncated_documents": 0}
+    assert result.metrics == pytest.approx(
+        {
+            "ndcg_at_10": (first + second) / 2,
+            "mrr_at_10": (1 / 2 + 1 / 3) / 2,
+            "map_at_10": ((1 / 2 + 2 / 4) / 2 + 1 / 3) / 2,
+            "recall_at_10": 1.0,
+            "recall_at_100": 1.0,
+        },
+        rel=1e-12,
+    )
+    assert result.sizes == {"queries": 2, "documents": 4, "truncated_documents": 0}
+    np.testing.assert_allclose(result.samples["ndcg_at_10"], [first, second], rtol=1e-12)
+    assert result.samples["group"].tolist() == [1, 0]  # d2 answers q1 best, d1 answers q2
 
 
 def test_measures_stop_at_rank_10():
-    tenth = {f"d{i}": 1.0 - i / 100 for i in range(1, 12)}
-    assert retrieval_scores({"q": tenth}, {"q": {"d10": 1}})["mrr_at_10"] == pytest.approx(0.1)
-    scores = retrieval_scores({"q": tenth}, {"q": {"d11": 1}})
-    assert scores == {"ndcg_at_10": 0.0, "mrr_at_10": 0.0, "recall_at_10": 0.0}
+    eleven = {f"d{i}": 1.0 - i / 100 for i in range(1, 12)}
+    assert retrieval_scores({"q": eleven}, {"q": {"d10": 1}})["mrr_at_10"] == pytest.approx(0.1)
+    scores = retrieval_scores({"q": eleven}, {"q": {"d11": 1}})
+    assert scores == dict.fromkeys(TASK_MEASURES["retrieval"][:4], 0.0) | {"recall_at_100": 1.0}
 
 
 def test_a_query_without_results_counts_0():
@@ -138,18 +156,22 @@ def test_a_query_without_results_counts_0():
     assert scores["recall_at_10"] == pytest.approx(1 / 3)
 
 
-def test_spearman_equals_that_computed_by_hand():
+def test_correlations_equal_those_computed_by_hand():
     pairs = PairSet("STSB", first=["a", "b", "c", "d"], second=["x"] * 4, scores=[0.0, 1.0, 2.0, 5.0])
     # Ranks 1 3 2 4 against 1 2 3 4: 1 - 6 * (1 + 1) / (4 * (16 - 1)).
     vectors = {"a": [0.1, 0], "b": [0.5, 0], "c": [0.3, 0], "d": [0.9, 0], "x": [1, 0]}
-    assert score(HandMade(vectors), pairs)["metrics"]["spearman"] == pytest.approx(0.8)
-    assert score(HandMade({text: [1, 0] for text in "abcdx"}), pairs)["metrics"]["spearman"] is None
-    assert score(BM25(), pairs) == {"metrics": {"spearman": None}, "sizes": {"pairs": 4}}
+    found = score(HandMade(vectors), pairs, DEFAULT).metrics
+    assert found["spearman"] == pytest.approx(0.8)
+    # Deviations -.35 .05 -.15 .45 and -2 -1 0 3: 2 / sqrt(.35 * 14).
+    assert found["pearson"] == pytest.approx(2 / math.sqrt(0.35 * 14))
+    equal = score(HandMade({text: [1, 0] for text in "abcdx"}), pairs, DEFAULT)
+    assert equal.metrics == score(BM25(), pairs, DEFAULT).metrics == {"spearman": None, "pearson": None}
+    assert equal.samples is None
 
 
 def test_bm25_on_the_toy_set(data):
-    result = score(BM25(), load_set(data, "ir/Toy"))
-    assert result["metrics"] == pytest.approx({"ndcg_at_10": 2 / 3, "mrr_at_10": 2 / 3, "recall_at_10": 2 / 3})
+    result = score(BM25(), load_set(data, "ir/Toy"), DEFAULT)
+    assert result.metrics == pytest.approx(dict.fromkeys(TASK_MEASURES["retrieval"], 2 / 3))
     runs, _ = BM25().rank(["salt", "", "the"], ["", "bread and salt"], k=100)
     assert [set(run) for run in runs] == [{1}, set(), set()]
     assert BM25().rank(["salt"], ["", ""], k=100)[0] == [{}]
@@ -201,8 +223,27 @@ def test_vectors_that_are_not_finite_raise(model_folder):
         vectors[texts.index("bad")] = np.nan
         return vectors
 
-    with pytest.raises(ValueError, match=r"tiny: 1 vectors are not finite; the first is of 'bad'"):
+    with pytest.raises(EvaluationError, match=r"tiny: 1 vectors are not finite; the first is of 'bad'"):
         EmbeddingModel("tiny", model).embed(["good", "bad"], encode)
+
+
+def test_a_text_is_embedded_once_a_way_of_encoding(model_folder, caplog):
+    model = SentenceTransformer(str(model_folder), trust_remote_code=True, device="cpu")
+    system, seen = EmbeddingModel("tiny", model), []
+
+    def encode(texts, **options):
+        seen.append(list(texts))
+        return model.encode(texts, **options)
+
+    first, _ = system.embed(["bread", "salt", "bread"], encode)
+    again, _ = system.embed(["salt", "water"], encode)
+    assert [sorted(texts) for texts in seen] == [["bread", "salt"], ["water"]]
+    np.testing.assert_array_equal(first[0], first[2])
+    np.testing.assert_array_equal(first[1], again[0])
+    assert not caplog.records
+    collapsed = EmbeddingModel("collapsed", model)
+    collapsed.embed(["bread", "salt"], lambda texts, **_: np.ones((len(texts), 32)))
+    assert "collapsed: the vectors of 2 different texts are all equal" in caplog.text
 
 
 def test_minilm_reads_256_tokens():
@@ -229,6 +270,38 @@ def test_sets_are_read_whole(data):
     assert load_set(data, "STSB").scores == [0.0, 1.5, 4, 5.0]
 
 
+def test_parts_of_a_set_share_its_corpus(data, caplog):
+    folder = data / "eval" / "long" / "Toy"
+    write_rows(folder / "queries_early.jsonl.zst", QUERIES[:2])
+    (folder / "qrels_early.tsv").write_text("\n".join([*QRELS[:2], "q2\td2\t0"]) + "\n")
+    assert available_sets(data) == ["ir/Toy", "long/Toy", "long/Toy/early", "STSB"]
+    assert select_sets(data, ["STSB", "long/*", "long/Toy"]) == ["STSB", "long/Toy", "long/Toy/early"]
+    dataset = load_set(data, "long/Toy/early")
+    assert list(dataset.queries) == ["q1"]
+    # Odd but usable: counted, and said.
+    assert dataset.oddities == {"empty_documents": 1, "unanswered_queries": 1}
+    assert dataset.sizes == {"queries": 1, "documents": 4}
+    assert "long/Toy/early: 1 empty documents, 1 unanswered queries." in caplog.text
+
+
+def test_a_cut_set_keeps_what_a_score_needs(data):
+    dataset = load_set(data, "ir/Toy")
+    cut = dataset.cut(2)
+    assert len(cut.queries) == 2
+    assert {x for judged in cut.qrels.values() for x in judged} <= set(cut.documents)
+    assert len(cut.documents) < 4
+    assert cut.sha256 == dataset.cut(2).sha256 != dataset.sha256
+    assert dataset.cut(4) is dataset
+    assert Protocol(max_texts=2).of(dataset)["cut_from"]["queries"] == 3
+    assert "cut_from" not in Protocol(max_texts=4).of(dataset)
+    pairs = load_set(data, "STSB").cut(3)
+    rows = [(row["sentence1"], row["sentence2"], row["score"]) for row in PAIRS]
+    assert [rows.index(row) for row in zip(pairs.first, pairs.second, pairs.scores, strict=True)] == sorted(
+        rows.index(row) for row in zip(pairs.first, pairs.second, pairs.scores, strict=True)
+    )
+    assert len(pairs.scores) == 3
+
+
 @pytest.mark.parametrize(
     ("file", "rows", "message"),
     [
@@ -238,6 +311,7 @@ def test_sets_are_read_whole(data):
         ("qrels.tsv", QRELS[1:], r"qrels.tsv:1: the header"),
         ("qrels.tsv", [*QRELS, "q1\td2\tyes"], r"qrels.tsv:6: 'q1\\td2\\tyes'"),
         ("qrels.tsv", QRELS[:1], r"qrels.tsv: no judgements"),
+        ("qrels.tsv", [QRELS[0], "q1\td1\t0"], r"qrels.tsv: no query has a relevant document"),
         ("corpus.jsonl.zst", [*DOCUMENTS, DOCUMENTS[0]], r"corpus.jsonl.zst:5: the id 'd1' is used twice"),
         ("corpus.jsonl.zst", [{"_id": "d1"}], r"corpus.jsonl.zst:1: no field 'text'"),
         ("queries.jsonl.zst", [QUERIES[0], "{"], r"queries.jsonl.zst:2: not JSON"),
@@ -291,6 +365,62 @@ def test_what_is_scored_is_not_scored_again(data, tmp_path):
     assert {record["command"] for record in again} == {"forced"}
     records = json.loads(output.read_text())["records"]
     assert sorted(record["command"] for record in records) == ["forced"] * 2 + ["other settings"] * 2
+    assert len(read_samples(samples_path(output))) == 4
+
+
+def test_a_run_killed_between_its_two_files_goes_on(data, tmp_path, monkeypatch):
+    output, system = tmp_path / "results.json", hand_made(data)
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "write_records", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate([system], toy_sets(data), output, command="")
+    assert not output.exists()
+    assert len(read_samples(samples_path(output))) == 1
+    records = evaluate([system], toy_sets(data), output, command="")
+    assert {record["samples"] for record in records} == set(read_samples(samples_path(output)))
+    assert system.calls == 3
+
+
+def test_two_processes_may_share_an_output(data, tmp_path):
+    output = tmp_path / "results.json"
+    first, second = local.Results(output), local.Results(output)
+    key = {"set": "STSB", "settings": {}, "protocol": {}}
+    for name, results in (("a", first), ("b", second)):
+        samples = {"similarity": np.ones(2), "gold": np.ones(2)}
+        record = {**key, "model": name, "metrics": {"spearman": 0.5}, "sizes": {"pairs": 2}, "samples": f"of {name}"}
+        results.add({**key, "model": name}, record, samples)
+    assert [local.Results(output).find({"model": name})["samples"] for name in "ab"] == ["of a", "of b"]
+
+
+def test_a_score_whose_texts_or_samples_changed_is_computed_anew(data, tmp_path):
+    output, system = tmp_path / "results.json", hand_made(data)
+    first = evaluate([system], toy_sets(data), output, command="")
+    assert {record["sizes"]["queries"] for record in first[:1]} == {3}
+    samples_path(output).write_bytes(samples_path(output).read_bytes()[:100])  # damaged
+    assert evaluate([system], toy_sets(data), output, command="") == [
+        {**record, "seconds": again["seconds"]}
+        for record, again in zip(first, json.loads(output.read_text())["records"], strict=True)
+    ]
+    assert system.calls == 4
+    (data / "eval" / "ir" / "Toy" / "qrels.tsv").write_text("\n".join(QRELS[:3]) + "\n")
+    changed = evaluate([system], toy_sets(data), output, command="")
+    assert system.calls == 5
+    assert changed[0]["data_sha256"] != first[0]["data_sha256"]
+    assert changed[0]["sizes"]["queries"] == 2
+    records = json.loads(output.read_text())["records"]
+    assert len(records) == len(read_samples(samples_path(output))) == 2  # the old score is gone
+
+
+def test_records_of_earlier_versions_are_kept_and_replaced(data, tmp_path):
+    output, system = tmp_path / "results.json", hand_made(data)
+    old = {"model": "hand", "set": "ir/Toy", "settings": system.settings, "metrics": {"ndcg_at_10": 0.1}, "sizes": {}}
+    output.write_text(json.dumps({"records": [old, {**old, "set": "ir/Other"}]}))
+    evaluate([system], toy_sets(data)[:1], output, command="")
+    records = json.loads(output.read_text())["records"]
+    assert [record["set"] for record in records] == ["ir/Other", "ir/Toy"]
+    assert records[1]["metrics"]["ndcg_at_10"] != 0.1
+    low, high = records[1]["intervals"]["ndcg_at_10"]
+    assert low <= records[1]["metrics"]["ndcg_at_10"] <= high
 
 
 def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
@@ -321,7 +451,7 @@ def test_the_command_writes_records_and_tables(data, model_folder, tmp_path, cap
     assert [record["set"] for record in records] == ["long/Toy"] * 2 + ["STSB"] * 2 + ["ir/Toy"] * 2
     model, bm25 = records[:2]
     assert model["settings"].items() >= {"max_length": 8, "dtype": "float32", "dimensions": 32}.items()
-    assert model["sizes"] == {"queries": 3, "documents": 4, "truncated_documents": 3}
+    assert model["sizes"] == {"queries": 3, "documents": 4, "empty_documents": 1, "truncated_documents": 3}
     assert bm25["settings"].items() >= {"k1": 1.5, "b": 0.75, "stopwords": "english"}.items()
     assert "--max-length 8" in model["command"]
     assert model["versions"]["torch"] == torch.__version__
@@ -329,10 +459,11 @@ def test_the_command_writes_records_and_tables(data, model_folder, tmp_path, cap
     assert records[3]["metrics"]["spearman"] is None
     header, rows = table_rows(records)
     assert header[3:] == [f"{model_folder} (8 tokens)", "bm25"]
-    assert len(rows) == 3 + 1 + 3
+    assert len(rows) == 5 + 2 + 5
     lines = markdown.read_text().splitlines()
     assert lines[2].startswith("| long/Toy | 3 x 4 | nDCG@10 | ")
-    assert lines[5].endswith(" | - |")
+    assert lines[7].startswith("| STSB | 4 pairs | Spearman | ")
+    assert lines[7].endswith(" | - |")
     assert "nDCG@10" in capsys.readouterr().out
 
 
@@ -344,13 +475,14 @@ def test_the_command_writes_records_and_tables(data, model_folder, tmp_path, cap
         (["--model", "{tmp}/nowhere"], "model {tmp}/nowhere: no such folder."),
         (["--model", "{tmp}"], "model {tmp}: cannot be loaded ("),
         (["--baseline", "bm25", "--max-length", "0"], "--max-length 0: the least is 3 tokens"),
+        (["--baseline", "bm25", "--max-texts", "9"], "--max-texts 9: the least is 10."),
         (
             ["--baseline", "bm25", "--output", "{tmp}/no/results.json"],
             "{tmp}/no/results.json: is a folder, or lies in",
         ),
         (
             ["--baseline", "bm25", "--output", "{tmp}/other.json"],
-            "--output {tmp}/other.json: exists and holds no results",
+            "{tmp}/other.json: exists and holds no results",
         ),
         ([], "nothing to evaluate: give --model, --baseline, or both."),
     ],
@@ -368,4 +500,25 @@ def test_wrong_arguments_end_with_one_line(data, tmp_path, capsys, arguments, me
 
 
 def test_the_measures_have_labels():
-    assert set(retrieval_scores({}, {"q": {"d": 1}})) | {"spearman"} == set(local.MEASURES)
+    assert set(retrieval_scores({}, {"q": {"d": 1}})) == set(TASK_MEASURES["retrieval"])
+    assert {name for names in TASK_MEASURES.values() for name in names} == set(MEASURES)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from"),
+        (EvaluationError("bm25: 1 vectors are not finite"), 2, "error: bm25: 1 vectors are not finite"),
+    ],
+)
+def test_an_interrupt_and_a_broken_model_end_with_one_line(data, tmp_path, capsys, monkeypatch, error, code, message):
+    def similarity(self, first, second):
+        raise error
+
+    monkeypatch.setattr(BM25, "similarity", similarity)
+    output = tmp_path / "results.json"
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--baseline", "bm25", "--data", str(data), "--sets", "ir/Toy,STSB,long/Toy", "--output", str(output)])
+    assert exit_info.value.code == code
+    assert message in capsys.readouterr().err
+    assert [record["set"] for record in json.loads(output.read_text())["records"]] == ["ir/Toy"]

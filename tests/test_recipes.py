@@ -14,9 +14,11 @@ from training.recipe import ContrastiveRecipe, MLMRecipe, RecipeError, Source, l
 from training.sources import check_columns, open_source, sequences
 
 RECIPES = sorted(
-    path for path in (REPOSITORY / "training" / "recipes").glob("*.yaml") if not path.stem.startswith("corpus-")
+    path
+    for path in (REPOSITORY / "training" / "recipes").glob("*.yaml")
+    if path.stem.endswith(("-mlm", "-pairs", "-hard-negatives"))
 )
-"""Those of the three stages; test_corpus.py has those of corpus preparation."""
+"""Those of the three stages; what prepares data, mines and distils is in the tests of those."""
 
 
 def schema_of(path):

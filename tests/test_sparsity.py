@@ -65,7 +65,7 @@ def test_the_bound_is_neither_vacuous_nor_far_off():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_window_is_below_the_least(dtype):
-    """What is not looked at, as the slope alone reaches too far, could not have been left out; and it is not far off."""
+    """What is not looked at, as the slope alone reaches too far, could not have been left out, and it is near."""
     slopes = torch.tensor(alibi_slopes(HEADS))
     least = least_window(slopes, dtype)[:, None].clamp(max=LENGTH - 1)
     for query, key in adversarial().values():

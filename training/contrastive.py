@@ -1,235 +1,223 @@
-"""Stages II and III: bidirectional InfoNCE on pairs, L_NCE+ on pairs with hard negatives (paper sections 5.1, 5.2).
+"""Stages II and III: contrastive training on pairs, then on pairs with hard negatives (paper sections 5.1, 5.2).
 
-Law: every batch comes from one source and holds no text twice (a duplicate would be a false negative). The loss is
-sentence-transformers' MultipleNegativesRankingLoss with the partition of each direction kept apart.
-
-NOTE: sentence-transformers averages the two directions, the paper adds them: our loss is exactly half the paper's.
-AdamW is invariant to that factor; gradient clipping is not, so `max_grad_norm` acts as twice the value on the paper's
-scale.
+Law: what is wrong with the recipe, its data or its model is said before the first step. The parts: `pair_sources.py`
+reads, `pair_sampling.py` makes batches, `losses.py` compares, `pair_trainer.py` trains, `pair_evaluation.py` looks at
+what is held out.
 """
 
-import fnmatch
+import json
 import logging
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MultipleNegativesRankingLoss,
-)
+import torch
+from accelerate import PartialState
+from datasets import DatasetDict
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import nn
-from transformers import set_seed
+from transformers import AutoTokenizer, PreTrainedConfig, set_seed
 
-import modeling_jina_bert
+from modeling_jina_bert import JinaBertConfig, JinaBertModel
 
-from .recipe import ContrastiveRecipe, RecipeError, training_arguments
-from .run import RunRecorder, check_checkpoint, resume_checkpoint
-from .sources import Source, check_columns, open_source
+from .lora import add_lora, merge_lora
+from .losses import build_loss
+from .monitor import Monitor
+from .packing import Reader
+from .pair_evaluation import build_evaluator
+from .pair_sources import load_sources, split_heldout
+from .pair_trainer import PairTrainer, open_batches, pair_arguments
+from .recipe import ContrastiveRecipe, RecipeError
+from .run import RunRecorder, TrainingDiverged, check_checkpoint, resume_checkpoint
 
 logger = logging.getLogger(__name__)
 
-
-def load_sources(recipe: ContrastiveRecipe) -> DatasetDict:
-    """All sources as (anchor, positive[, negative_1 ... negative_n]) columns, weighted.
-
-    A source's weight multiplies its rows: below 1 a random share of them is kept, above 1 they are repeated, so that
-    drawing sources in proportion to their rows draws them by size times weight.
-
-    Args:
-        recipe: Gives `sources`, `data_dir`, `num_negatives`, `fill_negatives`, `max_rows` and the seed.
-
-    Returns:
-        One data set a source.
-
-    Raises:
-        RecipeError: A missing file or column, an empty source, too few negatives under `fill_negatives: error`.
-    """
-    if recipe.fill_negatives not in ("random", "error"):
-        raise RecipeError(f"fill_negatives={recipe.fill_negatives!r} is neither 'random' nor 'error'.")
-    seed = int(recipe.training.get("seed", 42))
-    loaded = {}
-    for source in recipe.sources:
-        if source.name in loaded:
-            raise RecipeError(f"source {source.name}: the name is used twice.")
-        if source.weight <= 0:
-            raise RecipeError(f"source {source.name}: weight={source.weight} is not above 0.")
-        loaded[source.name] = _weighted(_load_source(source, recipe, seed), source.weight, seed)
-        logger.info("source %s: %d rows after weighting", source.name, len(loaded[source.name]))
-    return DatasetDict(loaded)
-
-
-def _load_source(source: Source, recipe: ContrastiveRecipe, seed: int) -> Dataset:
-    # A Hub data set is streamed, and no more of it fetched than max_rows; batches need rows in any order, so what
-    # arrives is kept on disk, memory-mapped.
-    dataset = open_source(source, recipe.data_dir, streaming=source.hub is not None)
-    columns = {source.anchor: "anchor", source.positive: "positive"}
-    negatives = []
-    if recipe.num_negatives:
-        names = dataset.column_names or list(next(iter(dataset), {}))
-        negatives = fnmatch.filter(names, source.negatives) or [source.negatives]
-    check_columns(dataset, source, [*columns, *negatives])
-    dataset = dataset.select_columns([*columns, *negatives])
-    dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})
-    dataset = dataset.filter(_is_pair)
-    if isinstance(dataset, IterableDataset):
-        dataset = _to_disk(dataset, recipe.max_rows)
-    if not len(dataset):
-        raise RecipeError(f"source {source.name}: all pairs are empty or have anchor == positive.")
-    if recipe.max_rows is not None and len(dataset) > recipe.max_rows:
-        dataset = dataset.shuffle(seed=seed).select(range(recipe.max_rows))
-    if recipe.num_negatives:
-        dataset = _expand_negatives(dataset, negatives, source, recipe, seed)
-    return dataset
-
-
-def _to_disk(stream: IterableDataset, max_rows: int | None) -> Dataset:
-    """The first `max_rows` rows of a stream (None: all), as a data set in the cache folder of `datasets`."""
-    taken = stream if max_rows is None else stream.take(max_rows)
-    first = next(iter(taken), None)
-    if first is None:
-        return Dataset.from_list([])
-    return Dataset.from_generator(_rows, gen_kwargs={"stream": taken})
-
-
-def _rows(stream: IterableDataset) -> Iterator[dict[str, Any]]:
-    yield from stream
-
-
-def _is_pair(row: dict[str, Any]) -> bool:
-    anchor, positive = (row["anchor"] or "").strip(), (row["positive"] or "").strip()
-    return bool(anchor and positive) and anchor != positive
-
-
-def _expand_negatives(
-    dataset: Dataset, columns: list[str], source: Source, recipe: ContrastiveRecipe, seed: int
-) -> Dataset:
-    """Exactly `num_negatives` text columns; rows with fewer are filled with positives of other rows, or refused."""
-    wanted = recipe.num_negatives
-    positives = dataset["positive"][:]
-
-    def expand(row: dict[str, Any], index: int) -> dict[str, str]:
-        given = [text for name in columns for text in _as_list(row[name])]
-        if not all(isinstance(text, str) for text in given):
-            raise RecipeError(
-                f"source {source.name}: {source.negatives!r} of row {index} holds something else than text."
-            )
-        # A dictionary keeps the order, and each text once.
-        kept = {text: None for text in given if text.strip() and text not in (row["positive"], row["anchor"])}
-        negatives = list(kept)[:wanted]
-        if len(negatives) < wanted and recipe.fill_negatives == "error":
-            raise RecipeError(
-                f"source {source.name}: row {index} has {len(negatives)} of {wanted} negatives; "
-                "set fill_negatives: random."
-            )
-        generator = np.random.default_rng([seed, index])
-        excluded = {row["positive"], row["anchor"], *negatives}
-        for _ in range(100 * wanted):
-            if len(negatives) == wanted:
-                break
-            text = positives[int(generator.integers(len(positives)))]
-            if text not in excluded:
-                excluded.add(text)
-                negatives.append(text)
-        if len(negatives) < wanted:
-            raise RecipeError(
-                f"source {source.name}: too few different texts to fill {wanted} negatives of row {index}."
-            )
-        return {f"negative_{i}": text for i, text in enumerate(negatives, start=1)}
-
-    # remove_columns goes first: a column of the input may have the name of a new one.
-    expanded = dataset.map(expand, with_indices=True, remove_columns=columns, load_from_cache_file=False)
-    return expanded.select_columns(["anchor", "positive", *(f"negative_{i}" for i in range(1, wanted + 1))])
-
-
-def _as_list(value: Any) -> list:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-def _weighted(dataset: Dataset, weight: float, seed: int) -> Dataset:
-    whole, share = int(weight), weight - int(weight)
-    parts = [dataset] * whole
-    if share:
-        parts.append(dataset.shuffle(seed=seed).select(range(max(1, round(share * len(dataset))))))
-    return concatenate_datasets(parts)
+Objective = Callable[
+    [ContrastiveRecipe, SentenceTransformer, DatasetDict, SentenceTransformerTrainingArguments],
+    tuple[DatasetDict, nn.Module],
+]
+"""Rows and loss of a stage, from its recipe, model, rows and arguments."""
 
 
 def load_model(recipe: ContrastiveRecipe) -> SentenceTransformer:
     """Transformer, mean pooling and normalisation around the checkpoint the stage starts from.
 
+    A folder or repository of the official form (`jinaai/jina-embeddings-v2-small-en`) is written anew in our form,
+    into `output_dir/base`, and loaded from there: checkpoints and adapters name it.
+
     Raises:
         RecipeError: There is no such checkpoint, or it is no JinaBERT.
     """
     try:
+        config, _ = PreTrainedConfig.get_config_dict(recipe.model)
+        folder = recipe.model
+        if config.get("model_type") != JinaBertConfig.model_type:
+            folder = str(_converted(recipe, config))
         transformer = Transformer(
-            recipe.model,
+            folder,
             max_seq_length=recipe.max_length,
-            model_kwargs={"trust_remote_code": True},
+            # TRAP: a folder that says float16 would be trained in float16.
+            model_kwargs={"trust_remote_code": True, "dtype": torch.float32},
             config_kwargs={"trust_remote_code": True},
         )
     except (OSError, ValueError) as error:
         raise RecipeError(f"model {recipe.model}: {error}") from error
-    if not isinstance(transformer.auto_model.config, modeling_jina_bert.JinaBertConfig):
-        raise RecipeError(f"model {recipe.model}: a {transformer.auto_model.config.model_type} model, not a JinaBERT.")
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
     model = SentenceTransformer(modules=[transformer, pooling, Normalize()])
     # A model built from modules would refuse to load its own checkpoints again.
     model.trust_remote_code = True
+    if getattr(transformer.auto_model, "pooler", None) is not None:
+        transformer.auto_model.pooler.requires_grad_(False)  # takes no part in the mean
     return model
 
 
-def build_loss(model: SentenceTransformer, recipe: ContrastiveRecipe) -> nn.Module:
-    """Half of L_pairs, or of L_NCE+: anchors against positives and negatives, positives against anchors."""
-    options = {
-        "scale": 1 / recipe.temperature,
-        "directions": ("query_to_doc", "doc_to_query"),
-        "partition_mode": "per_direction",
-    }
-    if recipe.mini_batch_size is None:
-        return MultipleNegativesRankingLoss(model, **options)
-    return CachedMultipleNegativesRankingLoss(model, mini_batch_size=recipe.mini_batch_size, **options)
+def _converted(recipe: ContrastiveRecipe, config: dict[str, Any]) -> Path:
+    """The folder of the same model in our form, written by the first process that sees it is not there."""
+    if config.get("position_embedding_type") != "alibi":
+        raise ValueError(f"a {config.get('model_type')} model, not a JinaBERT.")
+    base, state = Path(recipe.output_dir) / "base", PartialState()
+    with state.main_process_first():
+        # A folder that is there may be another model's, of a run that stopped before its first checkpoint.
+        if state.is_main_process or (state.is_local_main_process and not base.is_dir()):
+            partial = base.with_name("base-partial")
+            JinaBertModel.from_pretrained(recipe.model, dtype=torch.float32).save_pretrained(partial)
+            AutoTokenizer.from_pretrained(recipe.model).save_pretrained(partial)
+            shutil.rmtree(base, ignore_errors=True)
+            partial.rename(base)
+            logger.info("model %s is of the official form: written in ours to %s", recipe.model, base)
+    state.wait_for_everyone()
+    return base
 
 
-def train(recipe: ContrastiveRecipe, *, resume: bool | str | None = None) -> Path:
-    """Runs stage II (`num_negatives: 0`) or III.
-
-    Args:
-        recipe: What to train.
-        resume: See `resume_checkpoint`.
-
-    Returns:
-        The folder of the final sentence-transformers model.
+def prepare_model(recipe: ContrastiveRecipe, arguments: SentenceTransformerTrainingArguments) -> SentenceTransformer:
+    """The model to train, with adapters and activation checkpointing as the recipe says.
 
     Raises:
-        RecipeError: Before the first step, for anything wrong with the recipe, its data or its model.
+        RecipeError: See `load_model` and `add_lora`.
     """
-    checkpoint = resume_checkpoint(recipe.output_dir, resume)
-    options = {"batch_sampler": "no_duplicates", "multi_dataset_batch_sampler": "proportional"}
-    arguments = training_arguments(SentenceTransformerTrainingArguments, recipe, **options)
-    set_seed(arguments.seed)
     model = load_model(recipe)
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora)
     if arguments.activation_checkpointing:
         # On the encoder itself: sentence-transformers 6.2 passes on only the name that transformers has deprecated.
         model[0].auto_model.activation_checkpointing_enable(
             activation_checkpointing_kwargs=arguments.activation_checkpointing_kwargs
         )
         arguments.activation_checkpointing = False
-    check_checkpoint(checkpoint, model[0].auto_model.config)
-    datasets = load_sources(recipe)
-    trainer = SentenceTransformerTrainer(
+    return model
+
+
+def run_training(recipe: ContrastiveRecipe, trainer: PairTrainer, checkpoint: str | None) -> Path:
+    """Trains, evaluates before and after where something is held out, and saves the final model.
+
+    Returns:
+        `output_dir/final`; `output_dir/heldout.json` has the metrics before and after.
+
+    Raises:
+        TrainingDiverged: See `Monitor`.
+    """
+    recorder = RunRecorder(recipe)
+    trainer.add_callback(recorder)  # the last to write into checkpoints
+    report = Path(recipe.output_dir) / "heldout.json"
+    if trainer.evaluator is not None and checkpoint is None:
+        _write_heldout(report, "before", trainer)
+    if trainer.args.world_size > 1:
+        torch.manual_seed(trainer.args.seed + trainer.args.process_index)  # dropout of its own in every process
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except TrainingDiverged as error:
+        if trainer.is_world_process_zero():
+            recorder.write(recipe.output_dir, trainer.state.global_step, {"stopped": str(error)})
+        raise
+    if trainer.evaluator is not None:
+        _write_heldout(report, "after", trainer)
+    return save_final(recipe, trainer)
+
+
+def _write_heldout(report: Path, moment: str, trainer: PairTrainer):
+    step, history = trainer.state.global_step, trainer.state.log_history
+    here = [entry for entry in history if entry["step"] == step and "eval_sequential_score" in entry]
+    metrics = here[-1] if here else trainer.evaluate()  # by all processes
+    if trainer.is_world_process_zero():
+        known = json.loads(report.read_text(encoding="utf-8")) if moment == "after" and report.is_file() else {}
+        found = {name.removeprefix("eval_"): value for name, value in metrics.items() if "@" in name}
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps({**known, moment: found}, indent=1), encoding="utf-8")
+
+
+def save_final(recipe: ContrastiveRecipe, trainer: PairTrainer) -> Path:
+    """Saves `final`, a plain model: adapters are saved by themselves in `adapter`, and merged."""
+    output_dir = Path(recipe.output_dir)
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if recipe.lora is not None:
+            model.save_pretrained(str(output_dir / "adapter"))
+            merge_lora(model)
+        model.save_pretrained(str(output_dir / "final"))
+    trainer.accelerator.wait_for_everyone()
+    return output_dir / "final"
+
+
+def contrastive_loss(
+    recipe: ContrastiveRecipe,
+    model: SentenceTransformer,
+    datasets: DatasetDict,
+    arguments: SentenceTransformerTrainingArguments,
+) -> tuple[DatasetDict, nn.Module]:
+    """The loss of stages II and III, whose rows are what they are."""
+    return datasets, build_loss(model, recipe, processes=arguments.world_size)
+
+
+def train(
+    recipe: ContrastiveRecipe, *, resume: bool | str | None = None, objective: Objective = contrastive_loss
+) -> Path:
+    """Runs stage II (`num_negatives: 0`) or III, in every process of a distributed run alike.
+
+    Args:
+        recipe: What to train.
+        resume: See `resume_checkpoint`.
+        objective: Gives the rows to train on, with a column of labels if need be, and the loss.
+
+    Returns:
+        The folder of the final sentence-transformers model.
+
+    Raises:
+        RecipeError: Before the first step, for anything wrong with the recipe, its data or its model.
+        TrainingDiverged: The loss or its gradient is not finite, or the loss rose by `max_loss_rise`.
+    """
+    checkpoint = resume_checkpoint(recipe.output_dir, resume)
+    arguments = pair_arguments(recipe)
+    set_seed(arguments.seed)
+    model = prepare_model(recipe, arguments)
+    check_pair_checkpoint(checkpoint, recipe, model)
+    with arguments.main_process_first(desc="reading the sources"):
+        rows, heldout = split_heldout(load_sources(recipe), recipe)
+    evaluator = build_evaluator(recipe, heldout, rows, batch_size=arguments.per_device_eval_batch_size)
+    datasets, loss = objective(recipe, model, rows, arguments)
+    reader = Reader(arguments.process_index, arguments.world_size)
+    batches, progress, total = open_batches(recipe, datasets, arguments, reader=reader, checkpoint=checkpoint)
+    monitor = Monitor(model[0].auto_model.config, recipe=recipe, reader=reader, progress=progress, total=total)
+    trainer = PairTrainer(
+        batches=batches,
+        monitor=monitor,
         model=model,
         args=arguments,
-        train_dataset=datasets if len(datasets) > 1 else next(iter(datasets.values())),
-        loss=build_loss(model, recipe),
-        callbacks=[RunRecorder(recipe)],
+        train_dataset=datasets,
+        loss=loss,
+        evaluator=evaluator,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    final = Path(recipe.output_dir) / "final"
-    model.save_pretrained(str(final))
-    return final
+    return run_training(recipe, trainer, checkpoint)
+
+
+def check_pair_checkpoint(checkpoint: str | None, recipe: ContrastiveRecipe, model: SentenceTransformer):
+    """Raises `RecipeError` if a checkpoint is of a model of another shape, or of adapters where there are none."""
+    if checkpoint is None:
+        return
+    adapted = (Path(checkpoint) / "adapter_config.json").is_file()
+    if adapted != (recipe.lora is not None):
+        kinds = ("an adapter", "a whole model")
+        raise RecipeError(f"{checkpoint} is a checkpoint of {kinds[not adapted]}, the recipe's of {kinds[adapted]}.")
+    if not adapted:  # an adapter of another shape does not load
+        check_checkpoint(checkpoint, model[0].auto_model.config)

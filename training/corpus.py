@@ -11,17 +11,14 @@ COST: the filtered text lies on disk once (`work/filtered`); signatures take 8 b
 import argparse
 import dataclasses
 import inspect
-from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .corpus_recipe import CorpusRecipe, Quality, check
-from .recipe import RecipeError, load_recipe, save_recipe
+from .executors import Stage, executors, run
+from .recipe import RecipeError, load_recipe
 
 if TYPE_CHECKING:
-    from datatrove.executor.base import PipelineExecutor
     from datatrove.pipeline.base import PipelineStep
 
 _QUALITY = {
@@ -30,18 +27,6 @@ _QUALITY = {
     "gopher_repetition": "GopherRepetitionFilter",
     "fineweb_quality": "FineWebQualityFilter",
 }
-_EXECUTORS = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
-# tasks_per_job: a job of several tasks runs them on one pipeline, whose statistics then count the first task twice.
-_DECIDED = ("pipeline", "tasks", "workers", "depends", "logging_dir", "skip_completed", "job_name", "tasks_per_job")
-
-
-@dataclass
-class Stage:
-    """One pipeline of datatrove and the number of its tasks."""
-
-    name: str
-    pipeline: list["PipelineStep"]
-    tasks: int
 
 
 def stages(recipe: CorpusRecipe) -> list[Stage]:
@@ -56,18 +41,12 @@ def stages(recipe: CorpusRecipe) -> list[Stage]:
     duplicates, without_duplicates = _minhash_stages(recipe, root) if recipe.minhash else ([], [])
     shards = TokenShards(str(root / "tokens"), recipe.tokenizer, recipe.heldout_share, recipe.shard_tokens)
     tokens = [JsonlReader(filtered), Tally("filtered"), *without_duplicates, shards]
-    ordered = [
+    return [
         Stage("filter", _filter_pipeline(recipe, root), tasks),
         *duplicates,
         Stage("tokens", tokens, tasks),
         Stage("report", [WriteReport(str(root))], 1),
     ]
-    if recipe.executor.kind == "local":  # Slurm and Ray know which of their tasks still run
-        from .corpus_steps import Hold
-
-        for stage in ordered:
-            stage.pipeline.insert(0, Hold(str(root / ".lock")))
-    return ordered
 
 
 def _filter_pipeline(recipe: CorpusRecipe, root: Path) -> list["PipelineStep"]:
@@ -133,45 +112,6 @@ def _minhash_stages(recipe: CorpusRecipe, root: Path) -> tuple[list[Stage], list
     ], [minhash.MinhashDedupFilter(remove, exclusion_writer=excluded), Tally("minhash")]
 
 
-def executors(recipe: CorpusRecipe) -> dict[str, "PipelineExecutor"]:
-    """The executor of each stage, in order; those of Slurm depend on the one before.
-
-    Raises:
-        RecipeError: `executor.kind` is none of ours, its options are not those of datatrove's class, or Ray is not
-            installed.
-    """
-    kind = recipe.executor.kind
-    if kind not in _EXECUTORS:
-        raise RecipeError(f"executor.kind={kind!r} is none of {', '.join(_EXECUTORS)}.")
-    if kind == "ray" and find_spec("ray") is None:
-        raise RecipeError('executor.kind=ray needs Ray: pip install "ray[default]".')
-    ordered = stages(recipe)
-    for name in recipe.executor.stages or ():
-        if name not in [stage.name for stage in ordered]:
-            raise RecipeError(f"executor.stages: {name!r} is none of {', '.join(stage.name for stage in ordered)}.")
-    chain: dict[str, PipelineExecutor] = {}
-    for stage in ordered:
-        chain[stage.name] = _executor(recipe, stage, previous=next(reversed(chain.values()), None))
-    return chain
-
-
-def _executor(recipe: CorpusRecipe, stage: Stage, previous: "PipelineExecutor | None") -> "PipelineExecutor":
-    kind = recipe.executor.kind
-    cls = getattr(import_module(f"datatrove.executor.{kind}"), _EXECUTORS[kind])
-    options = {**(recipe.executor.options or {}), **(recipe.executor.stages or {}).get(stage.name, {})}
-    for key in options:
-        if key in _DECIDED or key not in inspect.signature(cls).parameters:
-            raise RecipeError(f"executor: {key} is not an option of datatrove's {cls.__name__} that can be set.")
-    if kind == "slurm":
-        options |= {"job_name": f"corpus-{stage.name}", "depends": previous}
-    logs = str(Path(recipe.output_dir).resolve() / "logs" / stage.name)
-    workers = min(recipe.executor.workers or stage.tasks, stage.tasks)
-    try:
-        return cls(stage.pipeline, tasks=stage.tasks, workers=workers, logging_dir=logs, **options)
-    except TypeError as error:  # what Slurm cannot do without: time, partition
-        raise RecipeError(f"executor.options: {error}.") from error
-
-
 def prepare(recipe: CorpusRecipe) -> Path:
     """Runs all stages, or goes on where an earlier call with the same recipe stopped.
 
@@ -187,19 +127,8 @@ def prepare(recipe: CorpusRecipe) -> Path:
         RuntimeError: A stage did not finish.
     """
     check(recipe)
-    chain = executors(recipe)
-    save_recipe(recipe, recipe.output_dir)
     root = Path(recipe.output_dir).resolve()
-    if recipe.executor.kind == "local":
-        from .corpus_steps import hold
-
-        hold(str(root / ".lock"), alone=True)
-    for name, executor in chain.items():
-        executor.run()
-        if recipe.executor.kind == "slurm":
-            continue
-        if incomplete := executor.get_incomplete_ranks(skip_completed=True):
-            raise RuntimeError(f"{len(incomplete)} tasks of {name} did not finish; logs: {root / 'logs' / name}.")
+    for name in run(recipe, executors(recipe, stages(recipe), job="corpus")):
         if name == "filter" and not any((root / "work" / "filtered").glob("*.jsonl.zst")):
             raise RecipeError(f"the filters left no document of any source; {root / 'removed'} holds examples.")
     return root / "tokens"
@@ -230,7 +159,7 @@ def main():
     recipe = load_recipe(CorpusRecipe, arguments.config, arguments.overrides)
     if arguments.dry_run:
         check(recipe)
-        for name, executor in executors(recipe).items():
+        for name, executor in executors(recipe, stages(recipe), job="corpus").items():
             print(f"{name} ({executor.world_size} tasks): {' | '.join(step.name for step in executor.pipeline)}")
         return
     shards = prepare(recipe)

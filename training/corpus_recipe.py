@@ -6,14 +6,13 @@ was begun with the same recipe; otherwise a `RecipeError` names what is wrong.
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
+from .executors import check_output
 from .recipe import RecipeError, Source
 
 
@@ -135,7 +134,7 @@ def check(recipe: CorpusRecipe):
     for code in recipe.language.keep if recipe.language else []:
         if not hasattr(IsoCode639_1, code.upper()):
             raise RecipeError(f"language.keep: {code!r} is not an ISO 639-1 code that lingua knows.")
-    _check_output(recipe)
+    check_output(recipe, what="corpus preparation")
     for source in recipe.sources:
         _check_source(source, recipe.data_dir)
     load_tokenizer(recipe.tokenizer)
@@ -187,36 +186,3 @@ def _check_source(source: Source, data_dir: str):
     value = next(iter(rows))[source.text]
     if value is not None and not isinstance(value, str):
         raise RecipeError(f"source {source.name}: column {source.text!r} holds {type(value).__name__}, not text.")
-
-
-def _check_output(recipe: CorpusRecipe):
-    """An output folder is new, or begun with this recipe; the executor may differ in all but its tasks."""
-    root = Path(recipe.output_dir)
-    if not root.exists() or not any(root.iterdir()):
-        return
-    if not (root / "recipe.yaml").is_file():
-        raise RecipeError(f"output_dir={root} is not empty and holds no corpus preparation; name another folder.")
-    began = _identity(OmegaConf.to_container(OmegaConf.load(root / "recipe.yaml")))
-    ours = _identity(OmegaConf.to_container(OmegaConf.structured(recipe)))
-    for key, old, new in _differences(began, ours):
-        raise RecipeError(
-            f"output_dir={root} holds results of another recipe: there {key} is {old!r}, here {new!r}; "
-            "name another folder."
-        )
-
-
-def _identity(recipe: dict[str, Any]) -> dict[str, Any]:
-    recipe = {key: value for key, value in recipe.items() if key != "output_dir"}
-    return {**recipe, "executor": {"tasks": recipe["executor"]["tasks"]}}
-
-
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Keys, dotted, where two recipes differ."""
-    if isinstance(old, list) and isinstance(new, list):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        if old != new:
-            yield key, old, new
-        return
-    for name in [*old, *(name for name in new if name not in old)]:
-        yield from _differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))

@@ -12,7 +12,6 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from .recipe import RecipeError, Source
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32()))])
 _BATCH_CHARACTERS = 1_000_000  # tokenised at once; the encodings of a batch take about 200 bytes a token
 _EXAMPLE_CHARACTERS = 400
+_ROWS = 1000  # decoded at once
 
 
 class Words(WhitespaceTokenizer):
@@ -138,8 +138,10 @@ class CorpusReader(PipelineStep):
                 yield Document(text=text, id=f"{name}/{rank:05d}/{index}", metadata={"source": name})
 
 
-def share(rows: Any, rank: int, world_size: int) -> Iterator[tuple[int, dict]]:
+def share(rows: Any, rank: int, world_size: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of one task: whole files, or every n-th row of a file where there are more tasks than files.
+
+    COST: all tasks of a file decode it, but only a task's own rows become Python objects, which takes longer.
 
     Args:
         rows: A streaming `datasets.IterableDataset`.
@@ -147,13 +149,17 @@ def share(rows: Any, rank: int, world_size: int) -> Iterator[tuple[int, dict]]:
         world_size: Tasks in all; their shares are disjoint and together complete.
 
     Yields:
-        The row's index in what the task reads, and the row.
+        The row's index in the files that the task reads, and the row.
     """
     files = rows.num_shards
     file, stripe = rank % files, rank // files
     stripes = 1 if files >= world_size else len(range(file, world_size, files))
-    part = rows.shard(num_shards=min(files, world_size), index=file, contiguous=False)
-    yield from islice(enumerate(part), stripe, None, stripes)
+    part = rows.shard(num_shards=min(files, world_size), index=file, contiguous=False).with_format("arrow")
+    start = 0
+    for table in part.iter(batch_size=_ROWS):
+        own = range((stripe - start) % stripes, len(table), stripes)
+        yield from zip((start + row for row in own), table.take(pa.array(own, pa.int64())).to_pylist(), strict=True)
+        start += len(table)
 
 
 class LinguaFilter(BaseFilter):

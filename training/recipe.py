@@ -29,15 +29,16 @@ class Source:
 
     Attributes:
         name: Name in logs and reports.
-        path: File or glob (.jsonl, .jsonl.zst, .parquet, .txt), relative to `data_dir`; or None for a Hub data set.
+        path: File or glob (.jsonl, .jsonl.zst, .csv, .tsv, .parquet, .txt), relative to `data_dir`; or None for a Hub
+            data set.
         hub: Name of a Hub data set, for example "allenai/c4"; None for local files.
         hub_config: Configuration of the Hub data set, for example "en".
         split: Split of the data set.
         weight: Sampling weight; sources are drawn by size times weight (stages II and III) or by weight (stage I).
         text: Column with the text (stage I).
         tokens: Column with token ids of whole documents, without special tokens, in place of `text` (stage I).
-        heldout_share: Share of the documents, chosen by a hash of their content, that is evaluated and not trained on;
-            for sources without a split of their own (stage I).
+        heldout_share: Share of the documents (stage I) or anchors (stages II and III), chosen by a hash of their
+            content, that is evaluated and not trained on.
         anchor: Column with the query (stages II and III).
         positive: Column with the matching text (stages II and III).
         negatives: Column with a hard negative or a list of them, or a pattern of columns ("negative_*") (stage III).
@@ -109,6 +110,23 @@ class MLMRecipe:
 
 
 @dataclass
+class LoraRecipe:
+    """Low-rank adapters (arXiv 2106.09685): the model's own weights are kept, small matrices beside them trained.
+
+    Attributes:
+        r: Rank.
+        alpha: The adapter's output is multiplied by alpha / r.
+        dropout: On the adapter's input.
+        targets: Names of the linear layers that get one; None is all of the encoder's, in either published layout.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] | None = None
+
+
+@dataclass
 class ContrastiveRecipe:
     """Stages II and III: text pairs, hard negatives (paper sections 5.1 and 5.2).
 
@@ -122,8 +140,18 @@ class ContrastiveRecipe:
         num_negatives: Hard negatives a row; 0 is stage II.
         fill_negatives: What happens to rows with fewer: "random" draws texts of other rows of the source, "error"
             refuses.
-        mini_batch_size: Sequences in memory at once through the cached loss (GradCache); None computes whole batches.
+        mini_batch_size: Sequences in memory at once through the cached loss (GradCache).
+        mini_batch_tokens: Real tokens in memory at once through the cached loss, in place of a number of sequences
+            (`mini_batch_size` is then that of the score matrix alone). Without either, whole batches are computed.
+        gather_across_devices: Whether a row is compared with the rows of all processes, or of its own alone.
+        matryoshka_dims: Embedding dimensions whose losses are added, the model's own among them; empty is the model's.
+        lora: Trains low-rank adapters and nothing else; None trains the whole model.
         max_rows: Rows read from each source; None reads all.
+        heldout_queries: Held-out anchors that are evaluated, of each source with a `heldout_share`.
+        heldout_corpus: Positives of the source that they are searched among, their own included.
+        peak_tflops: Peak of one device at the precision of the training, in 1e12 operations a second, to log MFU by.
+        max_loss_rise: How far, in nats, the running mean of the training loss may rise above its lowest value before
+            the run stops; None never stops it. A loss that is not finite always does.
         training: Fields of `SentenceTransformerTrainingArguments`.
     """
 
@@ -136,7 +164,15 @@ class ContrastiveRecipe:
     num_negatives: int = 0
     fill_negatives: str = "error"
     mini_batch_size: int | None = None
+    mini_batch_tokens: int | None = None
+    gather_across_devices: bool = True
+    matryoshka_dims: list[int] = field(default_factory=list)
+    lora: LoraRecipe | None = None
     max_rows: int | None = None
+    heldout_queries: int = 1000
+    heldout_corpus: int = 10_000
+    peak_tflops: float | None = None
+    max_loss_rise: float | None = 1.0
     training: dict[str, Any] = field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""Reading training data: local JSONL (.zst), parquet and text files, or Hub data sets, all through `datasets`.
+"""Reading training data: local JSONL (.zst), CSV, parquet and text files, or Hub data sets, all through `datasets`.
 
 Laws: before the first step every source exists, has the columns the recipe names and at least one row; otherwise a
 `RecipeError` names the source. Streams never hold a whole source in memory. Of the consumers of a stream (ranks times
@@ -20,7 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .recipe import MLMRecipe, RecipeError, Source
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+_BUILDERS = {
+    ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"
+}  # fmt: skip
+_OPTIONS = {  # the text "NA" is a text
+    ".csv": {"keep_default_na": False},
+    ".tsv": {"keep_default_na": False, "sep": "\t"},
+}
 _FORMS = ("cut", "split", "pack")
 _ROWS = 16
 """Rows of this consumer tokenised at a time."""
@@ -55,7 +61,11 @@ def open_source(source: Source, data_dir: str, *, streaming: bool) -> Dataset | 
     if all(file.stat().st_size == 0 for file in files):
         raise RecipeError(f"source {source.name}: {files[0]} is empty.")
     dataset = load_dataset(
-        _BUILDERS[extension], data_files=[str(f) for f in files], split="train", streaming=streaming
+        _BUILDERS[extension],
+        data_files=[str(f) for f in files],
+        split="train",
+        streaming=streaming,
+        **_OPTIONS.get(extension, {}),
     )
     return dataset
 

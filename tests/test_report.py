@@ -1,0 +1,89 @@
+"""The report shows what the result files hold, says what is missing, and opens without a network."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import REPOSITORY
+
+from evaluation.report import SECTIONS, main
+
+RESULTS = REPOSITORY / "evaluation" / "results"
+ROBUSTNESS = {
+    "model": "a <script>alert(1)</script> model",
+    "set": "ir/mine",
+    "sizes": {"queries": 1234, "documents": 5},
+    "command": "python -m evaluation.robustness",
+    "records": [
+        {"variation": "bfloat16", "cosine_min": 0.9871234, "cosine_mean": 0.99, "top_1": 0.5, "top_k_overlap": 0.25,
+         "ndcg_at_10": 0.123},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Late chunking and robustness; nothing else."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    shutil.copy(RESULTS / "late-chunking.json", folder)
+    (folder / "robustness.json").write_text(json.dumps(ROBUSTNESS))
+    return folder
+
+
+def run(results, tmp_path):
+    page, text = tmp_path / "out" / "index.html", tmp_path / "out" / "report.md"
+    main(["--results", str(results), "--output", str(page), "--markdown", str(text)])
+    return page.read_text(), text.read_text()
+
+
+def test_the_page_holds_the_scores_and_nothing_from_elsewhere(results, tmp_path, capsys):
+    page, text = run(results, tmp_path)
+    record = json.loads((RESULTS / "late-chunking.json").read_text())["records"][0]
+    for content in (page, text):
+        assert "0.987123" in content
+        assert "1,234 queries" in content
+        assert f"{record['late']['ndcg_at_10']:.3f}" in content if "late" in record else record["set"] in content
+    assert "<script" not in page, "text of a result is never markup"
+    assert not re.search(r"(src|href)=\"(?!#|data:)", page)
+    assert page.count("<section") == len(SECTIONS)
+    assert page.count("<table>") == page.count('<div class="wide"><table>') >= 2
+    assert "not measured: Local sets" in capsys.readouterr().out
+
+
+def test_a_section_without_its_file_says_how_it_is_made(results, tmp_path):
+    page, text = run(results, tmp_path)
+    for section in SECTIONS:
+        if not list(results.glob(section.files)):
+            assert section.command in text
+        assert f"<h2>{section.title}</h2>" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("robustness.json", "{"), ("robustness.json", '{"model": 1}'), ("late-chunking.json", '{"records": [{}]}')],
+)
+def test_a_damaged_file_is_named(results, tmp_path, capsys, name, content):
+    (results / name).write_text(content)
+    with pytest.raises(SystemExit) as error:
+        run(results, tmp_path)
+    assert error.value.code == 2
+    assert name in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path / "nothing", tmp_path)
+    assert error.value.code == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
+    _, text = run(RESULTS, tmp_path)
+    committed = (RESULTS / "report" / "report.md").read_text()
+    assert text.replace(str(RESULTS), "evaluation/results") == committed, (
+        "run: python -m evaluation.report --results evaluation/results --output evaluation/results/report/index.html "
+        "--markdown evaluation/results/report/report.md"
+    )

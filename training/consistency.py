@@ -1,0 +1,234 @@
+"""The consistency filter of JE1: a pair stays if its positive is among those of a pool that are nearest to the query.
+
+Laws: pool and sample are the texts with the smallest seeded hashes, so they depend on the pairs alone, not on how they
+were read or cut into tasks. A positive of the pool that is no nearer than the pair's own takes no place from it; so
+it does not matter whether the pair's own is in the pool. Texts are embedded in float32 and searched exactly (faiss).
+COST: a pair takes two texts through the teacher and 2 x pool x width FLOPs of search (0.8 GFLOP for the paper's pool
+and 384 dimensions); a task holds the pool's vectors (1.5 GB for that).
+"""
+
+import functools
+from array import array
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import BaseFilter
+
+from .mining_texts import normalised, replacing
+from .pair_filters import hash_of, pair_key, pair_of, save_array
+from .pair_recipe import Consistency
+
+if TYPE_CHECKING:
+    import faiss
+
+    from .corpus_steps import Removed
+    from .embedding_shards import Embedder
+
+_JUDGED = 512  # pairs embedded at a time, so that texts of similar length share a batch
+_TOLERANCE = 1e-5  # the same text in another batch has another vector by 1e-7
+
+
+@functools.cache
+def _teacher(name: str, max_length: int | None, batch_size: int, device: str | None) -> "Embedder":
+    from .embedding_shards import load_embedder
+
+    return load_embedder(name, max_length=max_length, batch_size=batch_size, device=device)
+
+
+def load_teacher(consistency: Consistency) -> "Embedder":
+    """The teacher of a recipe, once a process.
+
+    Raises:
+        RecipeError: It cannot be loaded, or has no positions for `max_length` tokens.
+    """
+    return _teacher(consistency.teacher, consistency.max_length, consistency.batch_size, consistency.device)
+
+
+class HashedTexts(PipelineStep):
+    """Lets pairs pass and writes what the pool and the sample are chosen by: pool/TASK.npy, pairs/SOURCE/TASK.npy."""
+
+    type = "SAMPLE"
+    name = "hashes"
+
+    def __init__(self, folder: str, seed: int):
+        super().__init__()
+        self.folder = folder
+        self.seed = seed
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        pool: set[int] = set()
+        pairs: dict[str, array] = defaultdict(lambda: array("Q"))
+        for document in data:
+            pool.add(passage_hash(document, self.seed))
+            pairs[document.metadata["source"]].append(pair_hash(document, self.seed))
+            yield document
+        save_array(Path(self.folder) / "pool" / f"{rank:05d}.npy", np.fromiter(pool, np.uint64, len(pool)))
+        for source, hashes in pairs.items():
+            save_array(Path(self.folder) / "pairs" / source / f"{rank:05d}.npy", np.array(hashes, np.uint64))
+
+
+def passage_hash(document: Document, seed: int) -> int:
+    """By which the pool is chosen: of the positive, so that a passage of many pairs is in it once."""
+    return hash_of(normalised(pair_of(document)[1]), seed=seed)
+
+
+def pair_hash(document: Document, seed: int) -> int:
+    """By which the pairs that are judged are chosen."""
+    return hash_of(pair_key(*pair_of(document)), seed=seed)
+
+
+class Choose(PipelineStep):
+    """One task: the largest hash that is in the pool, and in the sample of each source. NAME.npy, one number each.
+
+    COST: 16 bytes for each text of the pool or sample and for each pair of a task.
+    """
+
+    type = "SAMPLE"
+    name = "choose"
+
+    def __init__(self, hashes: str, folder: str, pool: int, pairs_per_source: int | None):
+        super().__init__()
+        self.hashes = Path(hashes)
+        self.folder = Path(folder)
+        self.pool = pool
+        self.pairs_per_source = pairs_per_source
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1):
+        smallest = smallest_hashes(sorted((self.hashes / "pool").glob("*.npy")), self.pool)
+        self.stat_update("pool", value=len(smallest))
+        save_array(self.folder / "pool.npy", smallest[-1:])
+        for source in sorted((self.hashes / "pairs").iterdir()) if self.pairs_per_source else ():
+            chosen = smallest_hashes(sorted(source.glob("*.npy")), self.pairs_per_source)
+            save_array(self.folder / "pairs" / f"{source.name}.npy", chosen[-1:])
+
+
+def smallest_hashes(files: list[Path], count: int) -> np.ndarray:
+    """The smallest different hashes of files, `(at most count,) uint64`, ascending."""
+    smallest = np.empty(0, np.uint64)
+    for file in files:
+        smallest = np.unique(np.concatenate([smallest, np.load(file)]))[:count]
+    return smallest
+
+
+class SampleFilter(BaseFilter):
+    """Keeps the pairs of a source's sample."""
+
+    type = "FILTER"
+    name = "sample"
+
+    def __init__(self, chosen: str, seed: int, exclusion_writer: "Removed | None" = None):
+        super().__init__(exclusion_writer)
+        self.chosen = Path(chosen)
+        self.seed = seed
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        self.last = {file.stem: int(np.load(file)[0]) for file in (self.chosen / "pairs").glob("*.npy")}
+        yield from super().run(data, rank, world_size)
+
+    def filter(self, doc: Document) -> bool:
+        return pair_hash(doc, self.seed) <= self.last[doc.metadata["source"]]
+
+
+class EmbedPool(PipelineStep):
+    """Writes the hashes and vectors of this task's positives that are in the pool: TASK.npz, vectors in float32."""
+
+    type = "EMBED"
+    name = "pool"
+
+    def __init__(self, chosen: str, folder: str, consistency: Consistency, seed: int):
+        super().__init__()
+        self.chosen = Path(chosen)
+        self.folder = Path(folder)
+        self.consistency = consistency
+        self.seed = seed
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1):
+        last = int(np.load(self.chosen / "pool.npy")[0])
+        texts: dict[int, str] = {}
+        for document in data:
+            key = passage_hash(document, self.seed)
+            if key <= last:
+                texts.setdefault(key, pair_of(document)[1])
+        if not texts:
+            return
+        with self.track_time("batch"):
+            vectors = load_teacher(self.consistency).embed(list(texts.values()), "document")
+        with replacing(self.folder / f"{rank:05d}.npz") as partial, open(partial, "wb") as file:
+            np.savez(file, keys=np.fromiter(texts, np.uint64, len(texts)), vectors=vectors)
+
+
+def load_pool(folder: Path) -> "faiss.IndexFlatIP":
+    """The index of a pool; a passage that several tasks embedded is in it once.
+
+    Args:
+        folder: With `keys (passages,) uint64` and `vectors (passages, width) float32` in each .npz.
+    """
+    import faiss
+
+    index, seen = None, np.empty(0, np.uint64)
+    for file in sorted(folder.glob("*.npz")):
+        with np.load(file) as part:
+            keys, vectors = part["keys"], part["vectors"]
+        index = index or faiss.IndexFlatIP(vectors.shape[1])
+        index.add(np.ascontiguousarray(vectors[~np.isin(keys, seen)]))
+        seen = np.union1d(seen, keys)
+    return index
+
+
+def compared(queries: np.ndarray, positives: np.ndarray, pool: "faiss.IndexFlatIP", top: int) -> np.ndarray:
+    """A pair's positive and the passage of the pool at place `top`: how near both are to the query.
+
+    Args:
+        queries: `(pairs, width) float32`, of length 1.
+        positives: `(pairs, width) float32`, of length 1.
+        pool: Passages, of length 1.
+        top: Places that the positive may take.
+
+    Returns:
+        `(pairs, 2) float32`: cosine of query and positive, and of query and that passage (-1 in a smaller pool). The
+        positive is among the `top` nearest of the pool and itself if the first is not below the second.
+    """
+    own = np.einsum("ij,ij->i", queries, positives)
+    if pool.ntotal < top:
+        return np.stack([own, np.full_like(own, -1.0)], axis=1)
+    cosines, _ = pool.search(queries, top)
+    return np.stack([own, cosines[:, -1]], axis=1)
+
+
+class ConsistencyFilter(BaseFilter):
+    """Keeps the pairs whose positive is among the `top` passages nearest to the query, of the pool and itself."""
+
+    type = "FILTER"
+    name = "consistency"
+
+    def __init__(self, folder: str, consistency: Consistency, exclusion_writer: "Removed | None" = None):
+        super().__init__(exclusion_writer, batch_size=_JUDGED)
+        self.folder = Path(folder)
+        self.consistency = consistency
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        self.pool = load_pool(self.folder)
+        self.teacher = load_teacher(self.consistency)
+        yield from super().run(data, rank, world_size)
+
+    def filter(self, doc: Document) -> bool:
+        return self.filter_batch([doc])[0]
+
+    def filter_batch(self, batch: list[Document]) -> list[bool]:
+        queries, positives = zip(*map(pair_of, batch), strict=True)
+        vectors = self.teacher.embed(list(queries), "query"), self.teacher.embed(list(positives), "document")
+        cosines = compared(*vectors, self.pool, self.consistency.top)
+        for document, (own, rival) in zip(batch, cosines.tolist(), strict=True):
+            document.metadata |= {"cosine": round(own, 4), "rival": round(rival, 4)}
+        return (cosines[:, 0] >= cosines[:, 1] - _TOLERANCE).tolist()
+
+
+def describe(consistency: dict) -> dict[str, object]:
+    """The teacher of a recipe's `consistency`, for the report: name, width, tokens, and what its vectors depend on."""
+    teacher = load_teacher(Consistency(**consistency))
+    identity = teacher.identity("document")
+    return {"name": teacher.name, **{key: identity[key] for key in ("max_length", "weights_sha256")}}

@@ -1,0 +1,225 @@
+"""Texts embedded once, to disk: shards of vectors that a killed run, another recipe or a grown corpus finds again.
+
+Laws: a vector is found by all it depends on: the weights, vocabulary and modules of the model, the role and prompt of
+the text, the maximum length, and a hash of the text. A text that has a vector is not embedded again. A shard under its
+final name is whole, so a run that is killed loses the shard it was at.
+COST: on disk 2 bytes a dimension (float16) and 8 bytes a text; in memory 8 bytes a text in the store, 32 a text asked
+for, and one shard of vectors.
+NOTE: texts of a batch are padded together, which moves a vector by 1e-7; the one that is kept is of the batch that the
+text was first embedded in.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .mining_recipe import MINILM, MINILM_PACKAGE
+from .mining_texts import Texts, lookup, replacing
+from .recipe import RecipeError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+
+class Vectors:
+    """Vectors of a list of texts, wherever they stand in the shards.
+
+    Args:
+        shards: Files of `(rows, width)` vectors, float16 or float32.
+        shard: `(texts,) int`, the file of each text.
+        row: `(texts,) int`, its row there.
+    """
+
+    def __init__(self, shards: list[Path], shard: np.ndarray, row: np.ndarray):
+        self._shards, self._shard, self._row = shards, shard, row
+        self.width = _load(shards[0]).shape[1]
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """The vectors of these texts, `(ids, width) float32`."""
+        vectors = np.empty((len(ids), self.width), np.float32)
+        shard, row = self._shard[ids], self._row[ids]
+        for number in np.unique(shard):
+            here = np.flatnonzero(shard == number)
+            # The map is closed again at once: pages of the file that were read do not stay with the process.
+            vectors[here] = _load(self._shards[number])[row[here]]
+        return vectors
+
+    def blocks(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All texts in the order they have on disk, `rows` at a time: ids `(rows,)`, vectors `(rows, width)`."""
+        order = np.lexsort((self._row, self._shard))
+        for start in range(0, len(order), rows):
+            ids = order[start : start + rows]
+            yield ids, self.take(ids)
+
+
+def _load(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise RecipeError(f"{file} is damaged ({error}); delete it and its .texts.npy, then run again.") from error
+
+
+class VectorStore:
+    """A folder of vectors of one model, role and length: NUMBER.npy, and their texts' hashes in NUMBER.texts.npy.
+
+    Args:
+        folder: Of all stores; this one's `identity.json` says what its vectors are.
+        identity: See `Embedder.identity`.
+        dtype: Of new vectors, "float16" or "float32"; part of the identity.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], *, dtype: str):
+        identity = {**identity, "dtype": dtype}
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder, self._dtype = folder / f"{identity['role']}-{key}", dtype
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._identity = identity
+
+    @property
+    def shards(self) -> list[Path]:
+        """The files of vectors that are whole, in order."""
+        return sorted(path for path in self.folder.glob("*.npy") if path.stem.isdigit())
+
+    def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and row of each hash, `(hashes,) int64` each; -1 where there is no vector."""
+        stored = [_load(shard.with_suffix(".texts.npy")) for shard in self.shards]
+        sizes = [len(shard) for shard in stored]
+        place = lookup(np.concatenate([np.empty(0, np.uint64), *stored]), hashes)
+        starts = np.cumsum([0, *sizes])
+        shard = np.where(place < 0, -1, np.searchsorted(starts, place, side="right") - 1)
+        return shard, np.where(place < 0, -1, place - starts[shard])
+
+    def add(self, hashes: np.ndarray, vectors: np.ndarray):
+        """Writes a shard: the hashes first, so that a file of vectors is never without them."""
+        if not self.shards:
+            with replacing(self.folder / "identity.json") as partial:
+                partial.write_text(json.dumps(self._identity, indent=1) + "\n", encoding="utf-8")
+        number = int(self.shards[-1].stem) + 1 if self.shards else 0
+        for name, array in ((f"{number:06d}.texts.npy", hashes), (f"{number:06d}.npy", vectors.astype(self._dtype))):
+            with replacing(self.folder / name) as partial, open(partial, "wb") as file:
+                np.save(file, array)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other process adds to the store."""
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+@dataclass
+class Embedder:
+    """A sentence-transformers model with what its vectors depend on."""
+
+    name: str
+    model: "SentenceTransformer"
+    batch_size: int = 32
+
+    def identity(self, role: str) -> dict[str, Any]:
+        """What a vector depends on beside its text, as JSON: weights, vocabulary, modules, length, role, prompt."""
+        import torch
+
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        vocabulary = json.dumps(sorted(self.model.tokenizer.get_vocab().items()))
+        return {
+            "weights_sha256": digest.hexdigest(),
+            "vocabulary_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "modules": repr(self.model),
+            "max_length": self.model.max_seq_length,
+            "role": role,
+            "prompt": (self.model.prompts or {}).get(role, ""),
+        }
+
+    def embed(self, texts: list[str], role: str) -> np.ndarray:
+        """Vectors of length 1, `(texts, width) float32`; role is "query" or "document".
+
+        Raises:
+            RecipeError: A vector with NaN or infinity.
+        """
+        encode = self.model.encode_query if role == "query" else self.model.encode_document
+        vectors = encode(texts, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False)
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            raise RecipeError(
+                f"model {self.name}: {(~finite).sum()} vectors are not finite; the first is of "
+                f"{texts[int(np.argmin(finite))][:80]!r}."
+            )
+        return vectors
+
+
+def load_embedder(name: str, *, max_length: int | None, batch_size: int, device: str | None = None) -> Embedder:
+    """A model by name.
+
+    Args:
+        name: A folder, a Hub name, or "all-MiniLM-L6-v2" from its PyPI package.
+        max_length: Tokens a text is cut at; None keeps the model's own limit.
+        batch_size: Texts in a batch.
+        device: None chooses.
+
+    Raises:
+        RecipeError: It cannot be loaded, or has no positions for `max_length` tokens.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    path = str(Path(find_spec(MINILM_PACKAGE).submodule_search_locations[0]) / "model") if name == MINILM else name
+    try:
+        model = SentenceTransformer(path, trust_remote_code=True, device=device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"model {name}: cannot be loaded ({' '.join(str(error).split())}).") from error
+    if name == MINILM:
+        # TRAP: its tokenizer.json bakes in truncation and padding at 128 tokens, below its limit of 256.
+        model.tokenizer.backend_tokenizer.no_truncation()
+        model.tokenizer.backend_tokenizer.no_padding()
+    if max_length is not None:
+        tables = [p.shape[0] for key, p in model.named_parameters() if key.endswith("position_embeddings.weight")]
+        if tables and max_length > min(tables):
+            raise RecipeError(f"model {name}: max_length={max_length}, but it has {min(tables)} positions.")
+        model.max_seq_length = max_length
+    return Embedder(name, model, batch_size)
+
+
+def embed(embedder: Embedder, texts: Texts, role: str, *, folder: Path, dtype: str, shard_rows: int) -> Vectors:
+    """Vectors of all texts; those that the folder does not have yet are embedded first.
+
+    Args:
+        embedder: The model.
+        texts: At least one.
+        role: "query" or "document".
+        folder: Of stores of all models and roles.
+        dtype: Of new vectors on disk.
+        shard_rows: Texts of a new shard; of one shard, texts of similar length are embedded together.
+    """
+    store, hashes = VectorStore(folder, embedder.identity(role), dtype=dtype), texts.hashes()
+    with store.alone():
+        shard, _ = store.find(hashes)
+        missing = np.flatnonzero(shard < 0)
+        missing = missing[np.unique(hashes[missing], return_index=True)[1]]
+        missing.sort()
+        logger.info("%s: %d of %d %s texts to embed", embedder.name, len(missing), len(texts), role)
+        for start in range(0, len(missing), shard_rows):
+            ids = missing[start : start + shard_rows]
+            store.add(hashes[ids], embedder.embed(texts.take(ids), role))
+            logger.info("%s: %d of %d embedded", embedder.name, min(start + shard_rows, len(missing)), len(missing))
+        shard, row = store.find(hashes)
+        return Vectors(store.shards, shard, row)

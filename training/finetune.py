@@ -1,0 +1,71 @@
+"""Fine-tuning of a released model on pairs of your own, from a CSV file to a folder that can be published.
+
+    python -m training.finetune --config training/recipes/finetune.yaml data=my.csv \
+        model=jinaai/jina-embeddings-v2-small-en output_dir=runs/mine
+
+It is stage II, or with negatives stage III, with a share of the anchors held out and searched for before and after.
+FINETUNE.md goes through it step by step.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from .contrastive import train
+from .recipe import ContrastiveRecipe, command_line, load_recipe
+from .run import exit_on_recipe_error
+
+_SHOWN = ("ndcg@10", "mrr@10", "accuracy@1", "accuracy@10")
+
+
+@dataclass
+class FinetuneRecipe(ContrastiveRecipe):
+    """A `ContrastiveRecipe` whose one source is named by fields of its own, for the command line.
+
+    Attributes:
+        data: File of the pairs (.csv, .tsv, .jsonl, .parquet).
+        anchor: Its column with the query.
+        positive: Its column with the matching text.
+        negatives: Its column, or pattern of columns, with texts that do not match; read if `num_negatives` is not 0.
+        heldout_share: Share of the anchors that is evaluated and not trained on; 0 evaluates nothing.
+    """
+
+    data: str = MISSING
+    anchor: str = "query"
+    positive: str = "positive"
+    negatives: str = "negative*"
+    heldout_share: float = 0.1
+
+
+def summary(metrics: dict[str, dict[str, float]]) -> str:
+    """A table of the held-out metrics, a line each, with the moments as columns.
+
+    >>> print(summary({"before": {"data_cosine_ndcg@10": 0.25}, "after": {"data_cosine_ndcg@10": 0.5}}))
+    held out                before    after
+    ndcg@10                 0.2500   0.5000
+    """
+    lines = [f"{'held out':<21}" + "".join(f"{moment:>9}" for moment in metrics)]
+    for shown in _SHOWN:
+        row = [value for found in metrics.values() for name, value in found.items() if name.endswith(f"_{shown}")]
+        if row:
+            lines.append(f"{shown:<21}" + "".join(f"{value:>9.4f}" for value in row))
+    return "\n".join(lines)
+
+
+def main():
+    arguments = command_line("Fine-tunes a JinaBERT on pairs of your own.")
+    recipe = load_recipe(FinetuneRecipe, arguments.config, arguments.overrides)
+    final = train(recipe, resume=arguments.resume)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    report = Path(recipe.output_dir) / "heldout.json"
+    if report.is_file():
+        print(summary(json.loads(report.read_text(encoding="utf-8"))))
+    print(f"fine-tuning finished: {final}")
+
+
+if __name__ == "__main__":
+    exit_on_recipe_error(main)
