@@ -48,23 +48,24 @@ class Section:
     Attributes:
         title: Its heading.
         question: What it answers, one sentence.
-        files: Pattern of its result files, below the results folder.
+        files: Patterns of its result files, below the results folder; the first that finds any counts.
         command: What makes them.
         render: Files -> what is shown.
     """
 
     title: str
     question: str
-    files: str
+    files: tuple[str, ...]
     command: str
     render: Callable[[list[Path]], Rendered]
 
 
 def _local(files: list[Path]) -> Rendered:
+    files = [file for file in files if file.name != "comparison.json"]  # what evaluation.compare wrote
     records = [record for file in files for record in read_records(file)]
     commands = dict.fromkeys(record["command"] for record in records if "command" in record)
     lines = [*(f"    {command}" for command in commands), "", markdown_table(*table_rows(records))]
-    models: list[Model] = [model for file in files for model in read_models(file)]
+    models: list[Model] = [model for file in files if samples_path(file).exists() for model in read_models(file)]
     if len(models) > 1:
         lines += ["### Which differences are more than chance", "", _differences(models)]
     return Rendered("\n".join(lines), {})
@@ -117,14 +118,14 @@ SECTIONS = (
     Section(
         "Local sets",
         "How good is the model beside all-MiniLM-L6-v2 and BM25 on retrieval, similarity, clustering, classification?",
-        "local/*.json",
+        ("local/*.json", "tiny.json"),
         "python -m evaluation.local --model hub_repo/tiny --data DATA --output evaluation/results/local/tiny.json",
         _local,
     ),
     Section(
         "Masked words by length",
         "Trained at 512 tokens, is a masked word predicted as well at 8,192, and what do absolute positions do there?",
-        "mlm-length*.json",
+        ("mlm-length*.json",),
         "python -m evaluation.mlm --model JinaBERT=FOLDER --model BERT=FOLDER --data BOOKS.jsonl.zst "
         "--output evaluation/results/mlm-length.json",
         _masked_words,
@@ -132,21 +133,21 @@ SECTIONS = (
     Section(
         "Long documents",
         "Is one vector of the whole document worth it, or is its start, or are its chunks, as good?",
-        "long/records*.json",
+        ("long/records*.json",),
         "python -m evaluation.long_documents --model hub_repo/tiny --data DATA --output evaluation/results/long",
         _long,
     ),
     Section(
         "Depth of the relevant passage",
         "Where in a long document may the relevant passage be?",
-        "long/needle*.json",
+        ("long/needle*.json",),
         "python -m evaluation.needle --model hub_repo/tiny --data DATA --output evaluation/results/long/needle.json",
         _needle,
     ),
     Section(
         "Late chunking",
         "Are passages found better if their document is read as a whole?",
-        "late-chunking*.json",
+        ("late-chunking*.json",),
         "python -m evaluation.late_chunking --model hub_repo/tiny --data DATA --sets ir/NAME "
         "--output evaluation/results/late-chunking.json",
         _late_chunking,
@@ -154,14 +155,14 @@ SECTIONS = (
     Section(
         "MTEB",
         "The paper's tasks, beside its published rows.",
-        "mteb/records*.json",
+        ("mteb/scores*.json",),
         "python -m evaluation.mteb_run --model hub_repo/tiny --output evaluation/results/mteb",
         _mteb,
     ),
     Section(
         "GLUE",
         "How good is the backbone on language understanding, beside the paper's rows?",
-        "glue*.json",
+        ("glue*.json",),
         "python -m evaluation.glue --model FOLDER --config evaluation/recipes/glue-tiny.yaml --data DATA/eval/glue "
         "--output evaluation/results/glue-tiny.json",
         _glue,
@@ -169,7 +170,7 @@ SECTIONS = (
     Section(
         "Robustness of the embedding",
         "What changes a vector that should not: the batch, padding, precision, case, white space?",
-        "robustness*.json",
+        ("robustness*.json",),
         "python -m evaluation.robustness --model hub_repo/tiny --data DATA --set ir/NAME "
         "--output evaluation/results/robustness.json",
         _robustness,
@@ -198,15 +199,20 @@ def _png(write: Callable[[Path], None]) -> bytes:
         return path.read_bytes()
 
 
+def found_files(section: Section, results: Path) -> list[Path]:
+    """The result files of a section, sorted by name; none if it was not measured."""
+    return next((found for pattern in section.files if (found := sorted(results.glob(pattern)))), [])
+
+
 def rendered(section: Section, results: Path) -> Rendered:
     """What a section shows; how it is made, if its files are not there.
 
     Raises:
         EvaluationError: A file is there and is not one of ours.
     """
-    files = sorted(results.glob(section.files))
+    files = found_files(section, results)
     if not files:
-        return Rendered(f"Not measured. `{results / section.files}` is written by\n\n    {section.command}\n", {})
+        return Rendered(f"Not measured. `{results / section.files[0]}` is written by\n\n    {section.command}\n", {})
     try:
         return section.render(files)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -237,7 +243,7 @@ def markdown_page(shown: Sequence[tuple[Section, Rendered]], title: str, figures
                 path = figures / f"{_anchor(name)}.png"
                 path.write_bytes(png)
                 pieces.append(f"![{name}]({figures.name}/{path.name})")
-    return "\n\n".join(piece.strip() for piece in pieces) + "\n"
+    return "\n\n".join(piece.strip("\n") for piece in pieces) + "\n"
 
 
 def html_page(shown: Sequence[tuple[Section, Rendered]], title: str) -> str:
@@ -288,7 +294,7 @@ def main(argv: Sequence[str] | None = None):
     if arguments.markdown:
         figures = arguments.markdown.parent / "figures"
         arguments.markdown.write_text(markdown_page(shown, arguments.title, figures), encoding="utf-8")
-    missing = [section.title for section in SECTIONS if not sorted(arguments.results.glob(section.files))]
+    missing = [section.title for section in SECTIONS if not found_files(section, arguments.results)]
     print(f"wrote {arguments.output}" + (f"; not measured: {', '.join(missing)}" if missing else ""))
 
 

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import TrainerState
 
+from .heap import HeapTrimmer
 from .monitor import Monitor
 from .packing import Progress, Reader, Report, Tally, load_progress
 from .pair_sampling import ProcessBatches, SourceBatches
@@ -115,6 +116,7 @@ class PairTrainer(SentenceTransformerTrainer):
             raise RecipeError("stages II and III train with DDP: launch with training/accelerate/ddp.yaml.")
         self.monitor, self._batches, self._taken = monitor, batches, batches.batches
         self.add_callback(monitor)
+        self.add_callback(HeapTrimmer())
 
     def get_train_dataloader(self) -> DataLoader:
         # Not prepared by accelerate: each process takes its own rows of every batch. accelerate would deal whole
