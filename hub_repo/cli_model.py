@@ -207,8 +207,14 @@ class _Truncations(logging.Filter):
         return False
 
     def __enter__(self):
+        # Who silenced the logger, by its level or by a configuration that disables loggers, wants no line; we count.
+        self._before = self._logger.level, self._logger.disabled
+        self._logger.setLevel(logging.WARNING)
+        self._logger.disabled = False
         self._logger.addFilter(self)
         return self
 
     def __exit__(self, *_):
         self._logger.removeFilter(self)
+        level, self._logger.disabled = self._before
+        self._logger.setLevel(level)

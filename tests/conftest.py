@@ -18,6 +18,9 @@ from pathlib import Path
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="jina-bert-tests-")
 os.environ["HF_MODULES_CACHE"] = os.path.join(os.environ["HF_HOME"], "modules")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The local Hub answers in the time that a loaded machine needs.
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "120")
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "120")
 os.environ.update({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 
 import pytest

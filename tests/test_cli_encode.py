@@ -190,6 +190,7 @@ def test_inputs_without_texts_give_outputs_without_rows(tmp_path):
     assert not (tmp_path / "i").exists()
 
 
+@pytest.mark.slow
 def test_a_text_of_one_word_of_ten_million_letters_and_many_empty_ones(tmp_path, model):
     (tmp_path / "a.txt").write_bytes(b"before\n" + b"a" * 10_000_000 + b"\n" + b"\n" * 3000)
     succeed("encode", "a.txt", "-o", "out.npy")

@@ -472,7 +472,7 @@ def test_a_cluster_gets_the_same_pipelines_in_order(data, tmp_path):
     ours = load_recipe(PairRecipe, RECIPES / "pairs-preparation.yaml", [f"output_dir={tmp_path}"])
     assert all(source.url for source in ours.sources)
     local = pair_preparation.executors(ours, pair_preparation.stages(ours), job="pairs")
-    ours.executor = Executor(kind="slurm", tasks=16, options={"partition": "cpu", "time": "1:00:00"})
+    ours.executor = Executor(kind="slurm", tasks=ours.executor.tasks, options={"partition": "cpu", "time": "1:00:00"})
     handler = signal.getsignal(signal.SIGUSR1)
     chain = pair_preparation.executors(ours, pair_preparation.stages(ours), job="pairs")
     signal.signal(signal.SIGUSR1, handler)

@@ -7,6 +7,7 @@ refused in one line; and with Ray itself (slow, skipped without it) a killed dri
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -97,10 +98,12 @@ def test_output_is_the_input_with_its_vectors(corpus, tmp_path):
     ]  # fmt: skip
 
 
-def test_options_of_the_output(corpus, tmp_path):
+def test_options_of_the_output(corpus, tmp_path, monkeypatch):
     settings = replace(
         SETTINGS, dtype="float16", keep_text=False, encoding=Encoding(device="cpu", truncate_dim=8, max_length=6)
     )
+    logger = logging.getLogger("modeling_jina_bert.encoding")
+    monkeypatch.setattr(logger, "disabled", True)  # silenced is not uncounted
     _, manifest = embed_all(corpus, tmp_path / "out", settings)
     output = pq.read_table(tmp_path / "out")
     assert output.schema.names == ["id", "tags", "kind", "score", "embedding"]
