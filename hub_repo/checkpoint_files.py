@@ -77,16 +77,35 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         FolderError: There are no weights, or a file is truncated, malformed or not in the folder.
     """
-    if (folder / WEIGHTS).exists():
-        return _header(folder, WEIGHTS)
-    for index, read in ((INDEX, _header), (PICKLES[1], _pickle_header)):
-        if (folder / index).exists():
-            return _shards(folder, index, read)
-    if (folder / PICKLES[0]).exists():
-        return _pickle_header(folder, PICKLES[0])
+    index = _index(folder)
+    if index is not None:
+        return _shards(folder, index)
+    (file,) = weight_files(folder)
+    return _header(folder, file) if file == WEIGHTS else _pickle_header(folder, file)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that `stored_tensors` reads, in the folder.
+
+    Raises:
+        FolderError: There are none, or an index names what is none.
+    """
+    index = _index(folder)
+    if index is not None:
+        return sorted(set(_weight_map(folder, index).values()))
+    for file in (WEIGHTS, PICKLES[0]):
+        if (folder / file).exists():
+            return [file]
     if not folder.is_dir():
         raise FolderError(f"{folder} is not a folder.")
     raise FolderError(f"{folder} has no weights: neither {WEIGHTS}, {INDEX} nor {PICKLES[0]}.")
+
+
+def _index(folder: Path) -> str | None:
+    """The index of the shards that count; None where one file holds all."""
+    if (folder / WEIGHTS).exists():
+        return None
+    return next((index for index in (INDEX, PICKLES[1]) if (folder / index).exists()), None)
 
 
 def read_tensors(folder: Path, stored: dict[str, StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -138,17 +157,24 @@ def _load_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _shards(folder: Path, index: str, read) -> dict[str, StoredTensor]:
+def _weight_map(folder: Path, index: str) -> dict[str, str]:
+    """Tensor name -> shard, a file in the folder, as an index says."""
     content = read_json(folder / index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or "metadata" not in content:
         raise FolderError(f"{folder / index} lacks weight_map or metadata; transformers reads both.")
-    tensors: dict[str, StoredTensor] = {}
     for file in sorted({str(file) for file in weight_map.values()}):
         if not is_plain_name(file):
             raise FolderError(f"{folder / index} names {file!r}, which is not a file name in this folder.")
         if not (folder / file).is_file():
             raise FolderError(f"{folder / index} names {file}, which is missing.")
+    return {name: str(file) for name, file in weight_map.items()}
+
+
+def _shards(folder: Path, index: str) -> dict[str, StoredTensor]:
+    weight_map, read = _weight_map(folder, index), _header if index == INDEX else _pickle_header
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
         tensors |= {name: x for name, x in read(folder, file).items() if weight_map.get(name) == file}
     missing = sorted(set(weight_map) - set(tensors))
     if missing:

@@ -14,7 +14,7 @@ EXAMPLES = {
     "convert": "jina-bert convert jinaai/jina-embeddings-v2-small-en small-en",
     "export": "jina-bert export runs/hard/final tiny --card CARD.md --onnx fp32,int8 --gguf f16",
     "verify": "jina-bert verify hub_repo/tiny",
-    "info": "jina-bert info hub_repo/tiny --json",
+    "info": "jina-bert info jinaai/jina-embeddings-v2-base-de --revision main",
     "push": "jina-bert push hub_repo/tiny me/tiny --dry-run",
 }
 
@@ -97,11 +97,20 @@ def verify(
     return 0 if report.ok else 1
 
 
-def info(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False):
-    """Say what a folder is and whether it will load; runs none of its code and reads no tensor."""
-    from .inspect_folder import inspect_folder
+def info(
+    source: Annotated[str, typer.Argument(help="Folder, or name of a Hub repository.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Of a Hub repository: branch, tag, commit or refs/pr/N.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+):
+    """Say what a folder or repository is, whether it will load, and what is missing.
 
-    found = inspect_folder(folder)
+    Runs none of its code and reads no tensor: of a repository, small JSON files and the headers of the weights.
+    """
+    from .inspect_folder import inspect_source
+
+    found = inspect_source(source, revision)
     print(json.dumps(dataclasses.asdict(found), indent=2, default=str) if as_json else "\n".join(found.lines()))
 
 

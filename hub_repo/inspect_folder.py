@@ -1,8 +1,10 @@
-"""What a folder is, and whether it will load, without loading it.
+"""What a folder or a Hub repository is, and whether it will load, without loading it.
 
     python -m hub_repo.inspect_folder FOLDER [--json]
+    python -m hub_repo.inspect_folder OWNER/NAME [--revision REVISION] [--json]
 
-Law: no code of the folder runs and no tensor is read: configuration files, and the headers of weight files.
+Law: none of its code runs and no tensor is read: configuration files, and the headers of weight files. Of a repository
+nothing else is fetched, and nothing stays on the disk.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from . import checkpoint_files as files
 from .checkpoint_files import FolderError, StoredTensor
 from .folder_files import OFFICIAL_CODE, code_files
 from .layouts import compare, read_config
+from .outline import outlined
 
 Kind = Literal["ours", "official", "plain BERT", "adapter", "another model", "unknown"]
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -27,10 +30,10 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class FolderInfo:
-    """What is known of a folder.
+    """What is known of a folder or repository.
 
     Attributes:
-        folder: The folder.
+        folder: The folder, or the name of the repository.
         kind: "ours" (`model_type: jina_bert`), "official" (the form of the published repositories), "plain BERT",
             "adapter" (PEFT), "another model", or "unknown".
         loads: Whether `JinaBertModel.from_pretrained` takes it.
@@ -47,10 +50,11 @@ class FolderInfo:
         max_length: Tokens a text is cut at by sentence-transformers, else as config.json says.
         base_model: Of an adapter.
         formats: Other engines' files that lie in the folder.
-        missing: Files that a published folder of ours has and this one has not.
+        missing: Files that a published folder of its kind has and this one has not.
+        commit: Of a repository, what was read.
     """
 
-    folder: Path
+    folder: Path | str
     kind: Kind
     loads: bool
     problems: tuple[str, ...] = ()
@@ -67,12 +71,14 @@ class FolderInfo:
     base_model: str | None = None
     formats: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    commit: str | None = None
 
     def lines(self) -> list[str]:
         """The information as text, one fact a line."""
         shape = ", ".join(f"{name} {value:,}" for name, value in self.shape.items())
         weights = f"{self.parameters:,} parameters, {'/'.join(self.dtypes)}, {self.weight_bytes / 1e6:.1f} MB"
         facts = {
+            "commit": self.commit,
             "kind": self.kind + (f", layout {self.layout}" if self.layout else ""),
             "loads": "yes" if self.loads else "no",
             "problem": self.problems,
@@ -91,6 +97,42 @@ class FolderInfo:
         for name, fact in facts.items():
             lines += [f"  {name:<14}{value}" for value in (fact if isinstance(fact, tuple) else (fact,)) if value]
         return lines
+
+
+def inspect_source(source: str | Path, revision: str | None = None) -> FolderInfo:
+    """Inspects a folder, or a repository where there is no such folder.
+
+    Args:
+        source: A folder, or `owner/name`.
+        revision: Of a repository.
+
+    Raises:
+        FolderError: It is neither, a revision was given for a folder, or the repository cannot be read.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise FolderError(f"{source} is a folder: --revision is for a Hub repository.")
+        return inspect_folder(Path(source))
+    if isinstance(source, Path) or source.count("/") != 1 or Path(source).exists():
+        raise FolderError(f"{source} is neither a folder nor the name of a Hub repository, owner/name.")
+    return inspect_repository(source, revision)
+
+
+def inspect_repository(repo_id: str, revision: str | None = None) -> FolderInfo:
+    """Reads configuration files and weight headers of a repository.
+
+    Args:
+        repo_id: `owner/name`.
+        revision: Branch, tag, commit or `refs/pr/N`; None is `main`.
+
+    Raises:
+        FolderError: It cannot be read.
+    """
+    with outlined(repo_id, revision) as outline:
+        info = inspect_folder(outline.folder)
+    found = (problem.replace(str(outline.folder), repo_id) for problem in info.problems)
+    problems = tuple(dict.fromkeys((*outline.problems, *found)))
+    return dataclasses.replace(info, folder=repo_id, commit=outline.commit, problems=problems)
 
 
 def inspect_folder(folder: Path) -> FolderInfo:
@@ -138,7 +180,7 @@ def _jina_bert(folder: Path, raw: dict[str, Any], kind: Kind, common: dict[str, 
     if loads and kind == "official":
         problems.append("not by AutoModel on transformers 5, and as random weights without trust_remote_code: "
                         "python -m hub_repo.convert")  # fmt: skip
-    missing = tuple(_missing(folder)) if kind == "ours" else ()
+    missing = tuple(_missing(folder, kind))
     pooling, max_length = _sentence_transformers(folder)
     return FolderInfo(
         kind=kind, loads=loads, problems=tuple(problems), layout=layout, heads=heads, shape=shape, missing=missing,
@@ -202,9 +244,10 @@ def _formats(folder: Path) -> list[str]:
     return found + [path.name for path in sorted(folder.glob("*.gguf"))]
 
 
-def _missing(folder: Path) -> list[str]:
+def _missing(folder: Path, kind: Kind) -> list[str]:
     wanted = ["tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json",
-              "sentence_bert_config.json", "README.md", *(path.name for path in code_files())]  # fmt: skip
+              "sentence_bert_config.json", "README.md"]  # fmt: skip
+    wanted += [path.name for path in code_files()] if kind == "ours" else []  # the official form names a repository
     return [name for name in wanted if not (folder / name).is_file()]
 
 
@@ -216,13 +259,15 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: prints the information; 2 if there is no such folder."""
-    parser = argparse.ArgumentParser(prog="hub_repo.inspect_folder", description="Say what a model folder is.")
-    parser.add_argument("folder", type=Path)
+    """Entry point: prints the information; 2 if there is no such folder or repository."""
+    description = "Say what a model folder or repository is."
+    parser = argparse.ArgumentParser(prog="hub_repo.inspect_folder", description=description)
+    parser.add_argument("source", help="folder, or name of a Hub repository")
+    parser.add_argument("--revision", help="of a Hub repository: branch, tag, commit or refs/pr/N")
     parser.add_argument("--json", action="store_true", help="as JSON")
     arguments = parser.parse_args(argv)
     try:
-        info = inspect_folder(arguments.folder)
+        info = inspect_source(arguments.source, arguments.revision)
     except FolderError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

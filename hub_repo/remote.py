@@ -149,7 +149,7 @@ class Repository:
             if self._refs().branches.get(self.revision) == start:
                 self.api.delete_branch(self.repo_id, branch=self.revision)
         except _ERRORS as error:
-            logger.warning("%s: the new branch %s is left: %s", self.repo_id, self.revision, _one_line(error))
+            logger.warning("%s: the new branch %s is left: %s", self.repo_id, self.revision, one_line(error))
 
     def validate_card(self, text: str):
         """Has the Hub check the metadata of a card as it will at the commit, but before anything is uploaded."""
@@ -263,7 +263,7 @@ class Repository:
 
     def _failed(self, what: str, error: Exception) -> PushError:
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error  # of an LFS upload
-        said = f"{self.repo_id}: could not {what}: {_one_line(cause).rstrip('.')}."
+        said = f"{self.repo_id}: could not {what}: {one_line(cause).rstrip('.')}."
         advice = _ADVICE.get(_status(cause))
         return PushError(f"{said} {advice}" if advice else said)
 
@@ -283,11 +283,11 @@ def _pause(seconds: float, error: Exception):
     """Waits, as long as the server asks for if that is longer."""
     asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     seconds = max(seconds, float(asked)) if asked.isdigit() else seconds
-    logger.warning("%s; again in %.1f seconds", _one_line(error), seconds)
+    logger.warning("%s; again in %.1f seconds", one_line(error), seconds)
     time.sleep(seconds)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """What went wrong, without the token should the server have sent it back."""
     status, said = _status(error), getattr(error, "server_message", None)
     text = f"{status} {said}" if said else str(error) or type(error).__name__

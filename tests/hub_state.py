@@ -3,6 +3,7 @@
 import hashlib
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ class Repo:
     """Refs ("refs/heads/main", "refs/tags/v1", "refs/pr/1") -> commit; commits by oid."""
 
     private: bool
+    gated: bool = False  # everybody sees what there is, its owner alone the content
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
 
@@ -76,8 +78,9 @@ class Fault:
     """What goes wrong with the next `times` requests of a method and path, after the first `after` ones.
 
     `how` is an HTTP status; "drop": the connection ends before the request is read; "cut": in the middle of its body;
-    "lose": after the request was carried out, before the answer; "echo": 500 that repeats the Authorization header;
-    or a function that is called before the request is carried out, as another user's request would be.
+    "lose": after the request was carried out, before the answer; "halve": in the middle of the answer; "echo": 500
+    that repeats the Authorization header; or a function that is called before the request is carried out, as another
+    user's request would be.
     """
 
     method: str
@@ -97,7 +100,7 @@ class Fault:
         return True
 
 
-@dataclass
+@dataclass(repr=False)  # it holds every file
 class Hub:
     """State of the server. `users` is token -> (name, may write); `log` is (method, path) of every request."""
 
@@ -107,6 +110,7 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     log: list[tuple[str, str]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    served: Counter[str] = field(default_factory=Counter)  # bytes that were sent of the content of a path
     page_size: int = 10  # entries of a tree
     part_size: int | None = None  # bytes of a part of an LFS upload; None is one piece
     lock: threading.RLock = field(default_factory=threading.RLock)

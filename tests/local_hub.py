@@ -47,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._body(cut=fault is not None and fault.how == "cut")
             if callable(getattr(fault, "how", None)):
                 fault.how()
-            self.lost = fault is not None and fault.how == "lose"
+            self.lost, self.halved = (fault is not None and fault.how == how for how in ("lose", "halve"))
             try:
                 with self.hub.lock:
                     self._authenticate()
@@ -104,7 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if self.halved else data)
+        if self.halved:
+            self._break()
 
     # Who asks, and what they may see.
 
@@ -172,8 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._repo(repo_id)
         commit = repo.resolve(revision or "main")
         about = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": commit.oid, "private": repo.private}
-        siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        self._send({**about, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0, "gated": False})
+        about |= {"tags": [], "downloads": 0, "likes": 0, "gated": repo.gated and "auto"}
+        self._send({**about, "siblings": [{"rfilename": path} for path in sorted(commit.files)]})
 
     def refs(self, body, repo_id):
         groups: dict[str, list] = {"heads": [], "tags": [], "pr": []}
@@ -211,7 +213,10 @@ class _Handler(BaseHTTPRequestHandler):
         return {"type": "file", "path": path, "size": size, "oid": (pointer if blob.lfs else blob).oid, **lfs}
 
     def resolve(self, body, repo_id, revision, path):
-        commit = self._repo(repo_id).resolve(revision)
+        repo = self._repo(repo_id)
+        if repo.gated and repo_id.split("/")[0] != self.user:
+            raise Refusal(403 if self.user else 401, f"Access to model {repo_id} is restricted", "GatedRepo")
+        commit = repo.resolve(revision)
         blob = commit.files.get(path)
         if blob is None:
             raise Refusal(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
@@ -221,10 +226,12 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Etag": f'"{blob.oid}"', "X-Linked-Size": str(size)}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked is None:
+            self.hub.served[path] += size if self.command == "GET" else 0
             return self._send(blob.content, **headers)
         first, last = int(asked[1]), min(int(asked[2] or size), size - 1)
         if first > last:
             raise Refusal(416, "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
+        self.hub.served[path] += last + 1 - first
         return self._send(
             blob.content[first : last + 1], 206, **headers, **{"Content-Range": f"bytes {first}-{last}/{size}"}
         )

@@ -61,7 +61,7 @@ def test_wrong_commands_are_one_line(tmp_path):
         (["chunk", "a.txt", "--max-length", "5", "--overlap", "9"], "overlap=9 tokens is not at least 0 and less"),
         (["search", "query", "nowhere", "text"], "nowhere is no index"),
         (["search", "build", "a.txt", "a.txt"], "a.txt exists and is no index"),
-        (["info", "nowhere"], "nowhere is not a folder"),
+        (["info", "nowhere"], "nowhere is neither a folder nor the name of a Hub repository"),
         (["convert", "nowhere", "out"], "nowhere is neither a folder"),
         (["export", str(SHIPPED), "out", "--gguf", "q2"], "GGUF type 'q2' is not one of"),
         (["push", str(SHIPPED), "no-owner"], "no-owner"),

@@ -18,18 +18,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, SHIPPED, STRANGER_PROLOGUE, tiny_config
+from hub_login import OTHER, READ, WRITE, logged_in_hub  # noqa: F401  pytest finds the fixture by name
 from hub_state import Blob, Fault
-from huggingface_hub import close_session, constants
-from local_hub import serve
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging as transformers_logging
 
 from hub_repo.folder_files import sentence_transformers_files, write_code, write_json, write_tokenizer
 from hub_repo.push import PushError, Retries, describe, main, push
 from modeling_jina_bert import JinaBertModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own calls
-WRITE, READ, OTHER = ("hf_" + letter * 34 for letter in "wro")  # me, me with a token to read, and somebody else
 CARD = """---
 language: en
 license: apache-2.0
@@ -68,26 +66,6 @@ def exported(tmp_path_factory, tokenizer):
 @pytest.fixture
 def folder(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / "small")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path, capfd, caplog):
-    """A Hub that this process is logged in to; no test may show a token or ask for a page that there is not."""
-    with serve({WRITE: ("me", True), READ: ("me", False), OTHER: ("other", True)}) as (endpoint, hub):
-        # huggingface_hub reads these from the environment when it is imported.
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", WRITE)
-        verbosity = transformers_logging.get_verbosity()
-        yield hub
-        close_session()
-        transformers_logging.set_verbosity(verbosity)  # which the command turns down
-        transformers_logging.enable_progress_bar()
-        output = "".join(capfd.readouterr()) + caplog.text
-        assert not any(token in output for token in (WRITE, READ, OTHER))
-        assert hub.unknown == []
 
 
 def publish(folder, repo_id="me/small", **options):
