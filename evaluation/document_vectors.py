@@ -8,10 +8,12 @@
 Laws: the same characters are in the chunks of all ways; vectors have length 1; every document has at least one vector,
 a document without a token that of the empty text. Special tokens come on top of the tokens of a chunk.
 COST: `whole` embeds a document once for each length, `mean` and `best` together once, `late` once for all chunks. All
-vectors of one way are in memory.
+vectors of one way are in memory, and of a sentence-transformers model `CACHE_BYTES` of `evaluation.systems` more.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,6 +80,21 @@ class Reader(Protocol):
         """For each text `(spans, hidden) float32` of length 1; each span of characters holds a token."""
 
 
+@contextmanager
+def truncation_meant() -> Iterator[None]:
+    """Within it a JinaBERT does not warn that it truncated texts; whatever else it has to say it says."""
+    logger = logging.getLogger("modeling_jina_bert.encoding")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "were truncated" not in str(record.msg)
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 class JinaReader:
     """A JinaBERT: reads any number of tokens, and chunks within their document."""
 
@@ -100,8 +117,12 @@ class JinaReader:
         return self.whole(texts, None)
 
     def whole(self, texts: Sequence[str], tokens: int | None) -> np.ndarray:
-        length = {} if tokens is None else {"max_length": tokens}
-        return self.model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, **length)
+        if tokens is None:
+            return self.model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        with truncation_meant():
+            return self.model.encode(
+                list(texts), normalize_embeddings=True, show_progress_bar=False, max_length=tokens
+            )
 
     def late(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[np.ndarray]:
         found = self.model.encode_chunks(texts, spans, normalize_embeddings=True)
@@ -114,7 +135,7 @@ class SentenceReader:
     kinds = ("whole", "mean", "best")
 
     def __init__(self, system: EmbeddingModel):
-        self.name, self.model = system.name, system.model
+        self.name, self.model, self.system = system.name, system.model, system
         self.limit: int | None = system.model.max_seq_length
         settings = system.settings
         self.settings = {name: settings[name] for name in ("dtype", "weights_sha256")} | {"limit": self.limit}
@@ -124,13 +145,12 @@ class SentenceReader:
         return self.model.tokenizer
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        return EmbeddingModel(self.name, self.model).embed(texts, self.model.encode_query)[0]
+        return self.system.embed(texts, self.model.encode_query)[0]
 
     def whole(self, texts: Sequence[str], tokens: int | None) -> np.ndarray:
-        # TRAP: an EmbeddingModel remembers the vectors of texts, whatever its limit was: a new one for each length.
         try:
-            system = EmbeddingModel(self.name, self.model, max_length=tokens)
-            return system.embed(texts, self.model.encode_document)[0]
+            self.model.max_seq_length = self.limit if tokens is None else tokens
+            return self.system.embed(texts, self.model.encode_document)[0]
         finally:
             self.model.max_seq_length = self.limit
 

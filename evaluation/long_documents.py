@@ -19,8 +19,6 @@ NOTE: a sample of documents makes retrieval easier; records and table say how ma
 import argparse
 import fnmatch
 import logging
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,23 +40,17 @@ from .document_vectors import (
 from .late_chunking import rank
 from .long_report import markdown, write_figure
 from .metrics import TASK_MEASURES, retrieval_samples, scores
-from .records import (
-    Samples,
-    read_records,
-    read_samples,
-    samples_id,
-    samples_path,
-    versions,
-    write_records,
-    write_samples,
-)
+from .reader_runs import Answer, Store, check_readers, reader_parser, run_command
+from .records import Samples, versions
 from .set_types import chosen
 from .sets import EvaluationError, RetrievalSet, TextSet, available_sets, load_set
 from .significance import intervals
 
 logger = logging.getLogger(__name__)
 
-RECORDS, TABLE, FIGURE = "records.json", "table.md", "sweep.png"
+ANSWER = Answer(
+    records="records.json", table="table.md", figure="sweep.png", markdown=markdown, write_figure=write_figure
+)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHUNKS = (256,)
 SEEDS = range(5)  # of k-means
@@ -178,36 +170,6 @@ def useful_ways(ways: Sequence[Way], task: str, longest: int) -> list[Way]:
     return [way for way in ways if way.kind in kinds and not (way.kind == "whole" and enough and way.tokens > enough)]
 
 
-class Store:
-    """Records and their samples, on disk after every addition.
-
-    Args:
-        path: JSON file of the records, whether it exists or not; the samples are beside it.
-
-    Raises:
-        EvaluationError: The records are not ours.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.records = read_records(self.path)
-        self.samples = read_samples(samples_path(self.path))
-
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """The record of `model`, `set` and `settings`, if its samples are there, too."""
-        known = [record for record in self.records if key.items() <= record.items()]
-        return known[0] if known and samples_id(key) in self.samples else None
-
-    def add(self, record: dict[str, Any], samples: Samples):
-        """Adds a record, or takes the place of that of the same model, set and settings."""
-        key = {name: record[name] for name in ("model", "set", "settings")}
-        self.samples[samples_id(key)] = samples
-        write_samples(samples_path(self.path), self.samples)
-        self.records = [other for other in self.records if not key.items() <= other.items()]
-        self.records.append({**record, "samples": samples_id(key)})
-        write_records(self.path, self.records)
-
-
 def evaluate(reader: Reader, datasets: Sequence[tuple[Dataset, int]], ways: Sequence[Way], store: Store, command: str):
     """Scores the ways of one model that the store has not, and adds each as soon as it is scored.
 
@@ -259,32 +221,24 @@ def scored(record: dict[str, Any], samples: Samples, vectors: int, command: str)
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; exits with status 2 for an unknown option."""
-    parser = argparse.ArgumentParser(prog="evaluation.long_documents", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", action="append", default=[], help="JinaBERT folder or Hub repository; repeatable")
-    parser.add_argument(
-        "--baseline", action="append", default=[], help="all-MiniLM-L6-v2 or a sentence-transformers model; repeatable"
-    )
+    parser = reader_parser("evaluation.long_documents", __doc__)
     parser.add_argument("--data", type=Path, help="folder that has eval/, for local sets")
     parser.add_argument("--sets", required=True, nargs="+", help="local sets ('long/*'), tasks of mteb, long, loco")
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens read of a document")
     parser.add_argument("--chunks", nargs="+", type=int, default=list(CHUNKS), help="tokens of a chunk")
     parser.add_argument("--documents", type=int, help="documents of a set at most, a random sample (default: all)")
-    parser.add_argument("--output", required=True, type=Path, help="folder; a run goes on from what it holds")
     return parser.parse_args(argv)
 
 
 def check(arguments: argparse.Namespace):
     """Raises `EvaluationError` for numbers and paths that cannot be meant."""
-    if not arguments.model and not arguments.baseline:
-        raise EvaluationError("nothing to evaluate: give --model, --baseline, or both.")
+    check_readers(arguments)
     for option, least in (("lengths", 3), ("chunks", 1)):
         for value in getattr(arguments, option):
             if value < least:
                 raise EvaluationError(f"--{option} {value}: the least is {least}.")
     if arguments.documents is not None and arguments.documents < 2:
         raise EvaluationError(f"--documents {arguments.documents}: the least is 2.")
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise EvaluationError(f"--output {arguments.output}: is a file.")
 
 
 def run(arguments: argparse.Namespace, *, command: str) -> Store:
@@ -294,8 +248,7 @@ def run(arguments: argparse.Namespace, *, command: str) -> Store:
         EvaluationError: Something it names is missing or malformed.
     """
     check(arguments)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    store = Store(arguments.output / RECORDS)
+    store = ANSWER.store(arguments.output)
     datasets = load_sets(arguments.sets, arguments.data)
     sampled = [sample(dataset, arguments.documents) for dataset in datasets]
     readers: list[Reader] = [load_jina(name) for name in dict.fromkeys(arguments.model)]
@@ -312,21 +265,7 @@ def run(arguments: argparse.Namespace, *, command: str) -> Store:
 
 def main(argv: Sequence[str] | None = None):
     """Entry point; a wrong input ends it with one line and status 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
-    logging.getLogger("modeling_jina_bert").setLevel(logging.ERROR)  # truncation is what is measured here
-    arguments = parse_arguments(argv)
-    try:
-        store = run(arguments, command=shlex.join(["python", "-m", "evaluation.long_documents", *argv]))
-    except (EvaluationError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    table = markdown(store.records, store.samples)
-    (arguments.output / TABLE).write_text(table, encoding="utf-8")
-    write_figure(arguments.output / FIGURE, store.records)
-    print(table, end="")
-    print(f"wrote {arguments.output / RECORDS}, {TABLE} and {FIGURE}")
+    run_command(argv, module="evaluation.long_documents", logger=logger, parse=parse_arguments, run=run, answer=ANSWER)
 
 
 if __name__ == "__main__":

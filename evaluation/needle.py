@@ -16,8 +16,6 @@ NOTE: for a paragraph at its natural place see the sets long/DepthPassage of `ev
 
 import argparse
 import logging
-import shlex
-import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,8 +29,8 @@ from modeling_jina_bert import sentence_spans
 from .document_vectors import KINDS, SPECIAL_TOKENS, Reader, Way, document_vectors, load_baseline, load_jina, ways_of
 from .late_chunking import rank
 from .length_plot import matplotlib_figure
-from .long_documents import Store
 from .metrics import retrieval_samples, scores
+from .reader_runs import Answer, Store, check_readers, reader_parser, run_command
 from .records import Samples, versions
 from .sets import EvaluationError, RetrievalSet, load_set
 from .significance import differences, intervals
@@ -44,7 +42,6 @@ DEPTHS = (0, 25, 50, 75, 100)  # percent
 SHORT = 512
 NEEDLE_TOKENS = 128  # of a needle at most
 MEASURE = "ndcg_at_10"
-RECORDS, TABLE, FIGURE = "needle.json", "needle.md", "needle.png"
 _SEPARATOR = "\n\n"
 _SEED = 0
 
@@ -297,11 +294,14 @@ def _value(record: dict[str, Any] | None) -> float:
     return float("nan") if record is None else record["metrics"][MEASURE]
 
 
+ANSWER = Answer(
+    records="needle.json", table="needle.md", figure="needle.png", markdown=markdown, write_figure=write_figure
+)
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; exits with status 2 for an unknown option."""
-    parser = argparse.ArgumentParser(prog="evaluation.needle", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", action="append", default=[], help="JinaBERT folder or Hub repository; repeatable")
-    parser.add_argument("--baseline", action="append", default=[], help="as in evaluation.long_documents; repeatable")
+    parser = reader_parser("evaluation.needle", __doc__)
     parser.add_argument("--data", required=True, type=Path, help="folder that has eval/")
     parser.add_argument("--needles", default="ir/SQuAD-dev", help="retrieval set with short passages")
     parser.add_argument("--haystacks", default="long/DepthPassage", help="retrieval set with long documents")
@@ -312,14 +312,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--kinds", nargs="+", default=["whole", "best"], choices=KINDS, help="ways to embed a document"
     )
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a chunk")
-    parser.add_argument("--output", required=True, type=Path, help="folder; a run goes on from what it holds")
     return parser.parse_args(argv)
 
 
 def check(arguments: argparse.Namespace):
     """Raises `EvaluationError` for numbers and paths that cannot be meant."""
-    if not arguments.model and not arguments.baseline:
-        raise EvaluationError("nothing to evaluate: give --model, --baseline, or both.")
+    check_readers(arguments)
     for length in arguments.lengths:
         if length < 2 * NEEDLE_TOKENS:
             raise EvaluationError(f"--lengths {length}: the least is {2 * NEEDLE_TOKENS}, twice a needle.")
@@ -329,8 +327,6 @@ def check(arguments: argparse.Namespace):
     for option, least in (("documents", 2), ("chunk", 1)):
         if getattr(arguments, option) < least:
             raise EvaluationError(f"--{option} {getattr(arguments, option)}: the least is {least}.")
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise EvaluationError(f"--output {arguments.output}: is a file.")
 
 
 def plan_of(arguments: argparse.Namespace, tokenizer) -> Plan:
@@ -363,8 +359,7 @@ def run(arguments: argparse.Namespace, *, command: str) -> Store:
         EvaluationError: Something it names is missing or malformed.
     """
     check(arguments)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    store = Store(arguments.output / RECORDS)
+    store = ANSWER.store(arguments.output)
     readers: list[Reader] = [load_jina(name) for name in dict.fromkeys(arguments.model)]
     readers += [load_baseline(name) for name in dict.fromkeys(arguments.baseline)]
     plan = plan_of(arguments, readers[0].tokenizer)
@@ -375,21 +370,7 @@ def run(arguments: argparse.Namespace, *, command: str) -> Store:
 
 def main(argv: Sequence[str] | None = None):
     """Entry point; a wrong input ends it with one line and status 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
-    logging.getLogger("modeling_jina_bert").setLevel(logging.ERROR)  # truncation is what is measured here
-    arguments = parse_arguments(argv)
-    try:
-        store = run(arguments, command=shlex.join(["python", "-m", "evaluation.needle", *argv]))
-    except (EvaluationError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    table = markdown(store.records, store.samples)
-    (arguments.output / TABLE).write_text(table, encoding="utf-8")
-    write_figure(arguments.output / FIGURE, store.records)
-    print(table, end="")
-    print(f"wrote {arguments.output / RECORDS}, {TABLE} and {FIGURE}")
+    run_command(argv, module="evaluation.needle", logger=logger, parse=parse_arguments, run=run, answer=ANSWER)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,8 @@ class EmbeddingModel:
 
     def __init__(self, name: str, model: SentenceTransformer, *, max_length: int | None = None):
         self.name, self.model = name, model
-        self._known: dict[tuple[str, str], tuple[np.ndarray, int]] = {}  # (way of encoding, text) -> vector, tokens
+        self._known: dict[tuple[str, int | None, str], tuple[np.ndarray, int]] = {}
+        """(Way of encoding, limit in tokens, text) -> vector, untruncated length in tokens."""
         if max_length is not None:
             model.max_seq_length = max_length
 
@@ -187,7 +188,7 @@ class EmbeddingModel:
         return self.embed(texts, self.model.encode)
 
     def embed(self, texts: Sequence[str], encode: Callable) -> tuple[np.ndarray, int]:
-        """Embeds texts in batches of texts of similar length; those embedded before are not embedded again.
+        """Embeds texts in batches of texts of similar length; those embedded before, with this limit, are not again.
 
         Args:
             texts: Empty ones included.
@@ -199,17 +200,17 @@ class EmbeddingModel:
         Raises:
             EvaluationError: A vector with NaN or infinity.
         """
-        keys = [(encode.__name__, text) for text in texts]
+        limit = self.model.max_seq_length
+        keys = [(encode.__name__, limit, text) for text in texts]
         if sum(vector.nbytes for vector, _ in self._known.values()) > CACHE_BYTES:
             self._known = {key: self._known[key] for key in keys if key in self._known}
         new = list(dict.fromkeys(key for key in keys if key not in self._known))
         if new:
-            found, lengths = self._embed_new([text for _, text in new], encode)
+            found, lengths = self._embed_new([text for *_, text in new], encode)
             self._known.update(zip(new, zip(found, lengths, strict=True), strict=True))
         vectors = np.stack([self._known[key][0] for key in keys])
         if len(set(texts)) > 1 and np.ptp(vectors, axis=0).max() == 0:
             logger.warning("%s: the vectors of %d different texts are all equal.", self.name, len(set(texts)))
-        limit = self.model.max_seq_length
         return vectors, sum(limit is not None and self._known[key][1] > limit for key in keys)
 
     def _embed_new(self, texts: Sequence[str], encode: Callable) -> tuple[np.ndarray, list[int]]:

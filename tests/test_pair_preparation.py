@@ -1,15 +1,12 @@
 """Pair preparation: what every step removes, to the pair; the same result in whatever order, however often killed.
 
-The sets are written here: short facts, copies of them in other case and spacing, pairs that are one text, empty ones,
-other languages, positives of other queries. The teacher is the shipped model.
+The sets are those of `pair_data`.
 """
 
 import contextlib
 import itertools
 import json
 import os
-import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -19,107 +16,22 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-import zstandard
 from conftest import REPOSITORY, SHIPPED
-from datasets import Dataset
-from datatrove.data import Document
+from pair_data import (  # noqa: F401  pytest finds the fixtures by name
+    FACTS,
+    ROWS,
+    SWAPPED,
+    recipe,
+    write,
+    written_sets,
+)
 
 from training import pair_preparation
 from training.consistency import compared, load_pool, load_teacher, smallest_hashes
 from training.corpus_recipe import Executor
-from training.pair_filters import (
-    _SIGNATURE,
-    PairLanguageFilter,
-    copies,
-    has_stop_words,
-    likeliest_other,
-    pair_document,
-)
-from training.pair_recipe import Consistency, PairLanguage, PairRecipe, check, step_names
-from training.recipe import RecipeError, Source, load_recipe, save_recipe
+from training.pair_recipe import Consistency, check, step_names
+from training.recipe import RecipeError, Source, save_recipe
 from training.sources import open_source
-
-RECIPES = REPOSITORY / "training" / "recipes"
-AMONG = ["en", "de", "fr", "es"]  # all spoken languages take 13 s to load
-FACTS = {
-    "letters": [
-        ("What is a volcano?", "A volcano is a mountain from which lava and ash erupt."),
-        ("What does a bakery sell?", "A bakery sells bread, rolls and cakes that it bakes in the night."),
-        ("How do whales breathe?", "Whales breathe air through a blowhole on the top of the head."),
-        ("What is a violin?", "A violin is an instrument with four strings and is played with a bow."),
-        ("When did the railway reach the town?", "The railway reached the town in 1862, with a station by the river."),
-        ("What is photosynthesis?", "Photosynthesis is how plants make sugar from light, water and carbon dioxide."),
-        ("How is cheese made?", "Cheese is made from milk that is curdled with rennet and left to ripen."),
-        ("What is a telescope for?", "A telescope is for the observation of distant stars and planets."),
-        ("Who repairs shoes?", "A cobbler is a person who repairs shoes and boots."),
-    ],
-    "notes": [
-        ("What is a glacier?", "A glacier is a slow river of ice in the high mountains."),
-        ("What is a compiler?", "A compiler is a program that translates source code to machine code."),
-        ("How do bees make honey?", "Bees make honey from the nectar of flowers, and store it in the hive."),
-        ("What is insulin?", "Insulin is a hormone of the pancreas that lowers the sugar in the blood."),
-        ("What is an earthquake?", "An earthquake is a shaking of the ground, and is caused by faults."),
-        ("What is a sonnet?", "A sonnet is a poem of fourteen lines with a fixed rhyme."),
-        ("How does a magnet work?", "A magnet attracts iron by the field that its poles make."),
-    ],
-}
-COPIES = {  # of pairs of either source; the first is a copy as it stands
-    "letters": [FACTS["letters"][0], ("what is a  VIOLIN?", FACTS["letters"][3][1].upper())],
-    "notes": [FACTS["letters"][1], (" What is\ta glacier?\n", FACTS["notes"][0][1].replace(" ", "\n", 2))],
-}
-IDENTICAL = {
-    "letters": [("The same text.", "the  SAME text. ")],
-    "notes": [("One", "One"), ("Two words", "two words")],
-}
-EMPTY = {"letters": [("", "No query."), (None, "Null.")], "notes": [("No positive?", " \n"), (None, None)]}
-FOREIGN = {
-    "letters": [("Was ist ein Gletscher?", "Ein Gletscher ist ein langsamer Strom aus Eis im hohen Gebirge.")],
-    "notes": [("Qu'est-ce qu'un sonnet ?", "Un sonnet est un poème de quatorze vers avec des rimes fixes.")],
-}
-_TEXTS = [pair for pairs in FACTS.values() for pair in pairs]
-SWAPPED = {  # a query and the answer to another one
-    "letters": [(_TEXTS[0][0], _TEXTS[11][1]), (_TEXTS[6][0], _TEXTS[10][1])],
-    "notes": [(_TEXTS[12][0], _TEXTS[4][1]), (_TEXTS[9][0], _TEXTS[8][1]), (_TEXTS[11][0], _TEXTS[7][1])],
-}
-GROUPS = (FACTS, COPIES, IDENTICAL, EMPTY, FOREIGN, SWAPPED)
-ROWS = {name: [pair for group in GROUPS for pair in group[name]] for name in ("letters", "notes")}
-
-
-def write(root: Path, rows: dict[str, list], *, parts: int = 2, seed: int = 1) -> Path:
-    """letters.jsonl.zst, columns question and answer; notes/*.parquet, columns query and positive."""
-    root.mkdir(exist_ok=True)
-    rows = {name: random.Random(seed).sample(pairs, len(pairs)) for name, pairs in rows.items()}
-    lines = "".join(json.dumps({"answer": p, "question": q, "id": 1}) + "\n" for q, p in rows["letters"])
-    (root / "letters.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
-    (root / "notes").mkdir()
-    for part in range(parts):
-        queries, positives = zip(*rows["notes"][part::parts], strict=True)
-        table = Dataset.from_dict({"query": list(queries), "positive": list(positives)})
-        table.to_parquet(str(root / "notes" / f"{part}.parquet"))
-    return root
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("data") / "sets", ROWS)
-
-
-def recipe(data: Path, output: Path, **changes) -> PairRecipe:
-    return PairRecipe(
-        **{
-            "output_dir": str(output),
-            "data_dir": str(data),
-            "sources": [
-                Source(name="letters", path="letters.jsonl.zst", anchor="question", positive="answer"),
-                Source(name="notes", path="notes/*.parquet"),
-            ],
-            "buckets": 2,
-            "language": PairLanguage(among=AMONG),
-            "consistency": Consistency(teacher=str(SHIPPED), pool=1000),
-            "executor": Executor(tasks=3),
-            **changes,
-        }
-    )
 
 
 @pytest.fixture(scope="module")
@@ -234,20 +146,6 @@ def test_the_pairs_that_stay_do_not_depend_on_order_files_or_tasks(data, tmp_pat
     assert step_names(recipe(data, tmp_path, **alone)) == ["empty", "identical", "duplicate"]
 
 
-def test_copies_are_all_but_the_first_of_source_and_text():
-    draw = np.random.default_rng(3)
-    signatures = np.empty(500, _SIGNATURE)
-    for name, high in (("key", 60), ("source", 3), ("text", 4)):
-        signatures[name] = draw.integers(high, size=500)
-    signatures["row"], task = draw.permutation(500), draw.integers(5, size=500)
-    first = {}
-    for index, (key, source, text, row) in enumerate(signatures.tolist()):
-        place = (source, text, task[index], row)
-        first[key] = min(first.get(key, (place, index)), (place, index))
-    assert set(np.flatnonzero(~copies(signatures, task))) == {index for _, index in first.values()}
-    assert not copies(signatures[:0], task[:0]).any()
-
-
 def test_pool_and_sample_are_of_the_size_asked_for_and_do_not_depend_on_tasks(data, tmp_path):
     consistency = Consistency(teacher=str(SHIPPED), pool=7, pairs_per_source=6)
     for tasks in (1, 3):
@@ -266,44 +164,18 @@ def test_pool_and_sample_are_of_the_size_asked_for_and_do_not_depend_on_tasks(da
     assert smallest_hashes(sorted(tmp_path.glob("?.npy")), 3).tolist() == [1, 3, 5]
 
 
-def document(query: str, positive: str) -> Document:
-    return pair_document("mine", "0", query, positive)
-
-
-SHORT = [
-    ("banteng", "wild ox of the Malay Archipelago"),
-    ("vicar apostolic", "a titular Roman Catholic bishop in a non-Catholic area"),
-    ("libsqlite3-dev", "SQLite 3 development files"),
-    ("homer", "hit a home run"),
-    ("GDP of Chile", "2024: $8,500; 2023: $8,200"),
-    ("3 + 4", "7"),
-]
-FOREIGN_SHORT = [
-    ("Datei nicht gefunden", "Die Datei konnte nicht geöffnet werden"),
-    ("Fehler beim Lesen", "ungültiges Argument für die Option"),
-    ("fichier introuvable", "le fichier ne peut pas être ouvert"),
-    ("archivo no encontrado", "no se puede abrir el archivo"),
-]
-
-
-def test_short_english_stays_and_short_german_goes():
-    rule = PairLanguageFilter(PairLanguage(among=AMONG))
-    assert [rule.filter(document(*pair)) for pair in SHORT] == [True] * len(SHORT)
-    removed = [rule.filter(document(*pair)) for pair in FOREIGN_SHORT]
-    assert removed == [(False, "de"), (False, "de"), (False, "fr"), (False, "es")]
-    german, english = FOREIGN["letters"][0][1], FACTS["notes"][0][1]
-    assert rule.filter(document(english[:20], german * 20)) == (False, "de")  # an English title does not save it
-    both = PairLanguage(keep=["en", "de"], among=AMONG)
-    assert PairLanguageFilter(both).filter(document(*FOREIGN_SHORT[0])) is True
-
-
-def test_what_stop_words_let_pass_lingua_would_keep():
-    language = PairLanguage(among=AMONG)
-    texts = [f"{q}\n{p}" for pairs in FACTS.values() for q, p in pairs]
-    passed = [text for text in texts if has_stop_words(text)]
-    assert 4 <= len(passed) < len(texts)  # both ways are taken
-    assert all(likeliest_other(text, language)[1] < language.sure for text in texts)
-    assert not any(has_stop_words(f"{q}\n{p}") for q, p in [*FOREIGN_SHORT, *FOREIGN["letters"], *FOREIGN["notes"]])
+def test_the_teacher_reads_what_it_has_not_kept(data, finished, tmp_path, caplog):
+    """With `cache_dir` the same pairs stay, and another preparation finds the vectors."""
+    caplog.set_level("INFO", logger="training.embedding_shards")
+    consistency = Consistency(teacher=str(SHIPPED), pool=1000, cache_dir=str(tmp_path / "vectors"))
+    read = []
+    for name in ("first", "second"):
+        caplog.clear()
+        pair_preparation.prepare(recipe(data, tmp_path / name, consistency=consistency, executor=Executor(tasks=1)))
+        read.append([int(record.args[1]) for record in caplog.records if "to embed" in record.msg])
+    assert kept(tmp_path / "first") == kept(tmp_path / "second") == kept(finished)
+    assert sum(read[0]) > 0
+    assert sum(read[1]) == 0
 
 
 KILLED = """
@@ -369,57 +241,6 @@ def test_killed_and_resumed_equals_uninterrupted(data, finished, tmp_path):
     assert {**ours, "seconds": None} == {**theirs, "seconds": None}
 
 
-WRONG = [
-    ({"sources": [Source(name="a", path="nowhere.jsonl")]}, "source a: no file matches"),
-    ({"sources": [Source(name="a", path="none.jsonl")]}, "source a: .* is empty"),
-    (
-        {"sources": [Source(name="a", path="letters.jsonl.zst")]},
-        "source a: no column 'query'; it has answer, question",
-    ),
-    (
-        {"sources": [Source(name="a", path="numbers.jsonl")]},
-        r"source a: column 'positive' holds int, not text \(row 0",
-    ),
-    ({"sources": [Source(name="a", path="broken.jsonl.zst")]}, "source a: cannot be read: "),
-    ({"sources": [Source(name="a/b", path="notes/*.parquet")]}, "'a/b' cannot name a folder"),
-    ({"sources": [Source(name="a", path="notes/*.parquet")] * 2}, "two are named 'a'"),
-    ({"sources": [Source(name="a", path="notes/*.parquet", tokens="ids")]}, "source a: tokens and heldout_share are"),
-    ({"language": PairLanguage(keep=["xx"])}, "language.keep: 'xx'"),
-    ({"language": PairLanguage(among=["de", "fr"])}, r"language.among=\['de', 'fr'\] has to hold all of keep"),
-    ({"language": PairLanguage(sure=0.0)}, "language.sure=0.0 must be above 0"),
-    ({"consistency": Consistency(teacher="no/such")}, "model no/such: cannot be loaded"),
-    ({"consistency": Consistency(pairs_per_source=0)}, "consistency.pairs_per_source=0 must be at least 1"),
-    ({"buckets": 0}, "buckets=0 must be at least 1"),
-    ({"executor": Executor(kind="dask")}, "executor.kind='dask' is none of local, slurm, ray"),
-    ({"executor": Executor(kind="slurm")}, "missing 2 required positional arguments: 'time' and 'partition'"),
-    ({"executor": Executor(options={"partition": "cpu"})}, "partition is not an option of datatrove's Local"),
-    ({"executor": Executor(stages={"dedup": {}})}, "executor.stages: 'dedup' is none of read, duplicates, clean"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message[:30] for _, message in WRONG])
-def test_bad_input_is_named_before_any_work(data, tmp_path, changes, message):
-    (data / "none.jsonl").touch()
-    (data / "numbers.jsonl").write_text('{"query": "five", "positive": 5}\n')
-    (data / "broken.jsonl.zst").write_bytes((data / "letters.jsonl.zst").read_bytes()[:100])
-    with pytest.raises(RecipeError, match=message) as error:
-        pair_preparation.prepare(recipe(data, tmp_path / "out", **changes))
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_cannot_be_read_far_down_is_named_when_it_is_met(data, tmp_path):
-    rows = [json.dumps({"query": f"What is {i}?", "positive": "A number."}) + "\n" for i in range(1200)]
-    changes = {"sources": [Source(name="many", path="many-*.jsonl")], "executor": Executor(), "consistency": None}
-    for row, reason in (('{"query": "Which?", "positive": ["A list."]}\n', "cast"), ('{"query": "Whi', "JSON")):
-        (data / "many-0.jsonl").write_text("".join(rows))
-        (data / "many-1.jsonl").write_text(row)
-        with pytest.raises(RecipeError, match=rf"source many: cannot be read: .*{reason}") as error:
-            pair_preparation.prepare(recipe(data, tmp_path / reason, **changes))
-        assert "\n" not in str(error.value)
-        assert not (tmp_path / reason / "pairs").exists()
-
-
 def test_results_of_another_recipe_are_not_touched(data, finished, tmp_path):
     check(recipe(data, finished, executor=Executor(tasks=3, workers=2)))  # other workers: the same results
     for changes, message in (
@@ -432,53 +253,3 @@ def test_results_of_another_recipe_are_not_touched(data, finished, tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(RecipeError, match="holds no pair preparation"):
         pair_preparation.prepare(recipe(data, tmp_path))
-
-
-def test_filters_that_leave_nothing_say_so(data, tmp_path):
-    rows = "".join(json.dumps({"query": q, "positive": p}) + "\n" for q, p in IDENTICAL["notes"])
-    (data / "identical.jsonl").write_text(rows)
-    only = {"sources": [Source(name="a", path="identical.jsonl")], "language": None}
-    with pytest.raises(RecipeError, match="no pair of any source is left"):
-        pair_preparation.prepare(recipe(data, tmp_path / "out", **only))
-
-
-def command(data: Path, output: Path, *more: str) -> list[str]:
-    config = str(RECIPES / "pairs-preparation.yaml")
-    return ["training.pair_preparation", "--config", config, f"output_dir={output}", f"data_dir={data}", *more]
-
-
-def test_the_command_says_it_in_one_line(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", command(data, tmp_path / "out"))
-    monkeypatch.delitem(sys.modules, "training.pair_preparation")  # it runs as __main__
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("training.pair_preparation", run_name="__main__")
-    assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: source arxiv: no file matches")
-
-
-def test_a_dry_run_shows_the_stages_and_leaves_nothing(data, tmp_path, monkeypatch, capsys):
-    more = ["sources=[{name: notes, path: notes/*.parquet}]", f"consistency.teacher={SHIPPED}", "--dry-run"]
-    monkeypatch.setattr(sys, "argv", command(data, tmp_path / "out", *more))
-    pair_preparation.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" (")[0] for line in lines] == [
-        "read", "duplicates", "clean", "choose", "pool", "consistency", "report",
-    ]  # fmt: skip
-    assert "stored pairs | clean | sample | sample | consistency | consistency | pairs" in lines[5]
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_cluster_gets_the_same_pipelines_in_order(data, tmp_path):
-    ours = load_recipe(PairRecipe, RECIPES / "pairs-preparation.yaml", [f"output_dir={tmp_path}"])
-    assert all(source.url for source in ours.sources)
-    local = pair_preparation.executors(ours, pair_preparation.stages(ours), job="pairs")
-    ours.executor = Executor(kind="slurm", tasks=ours.executor.tasks, options={"partition": "cpu", "time": "1:00:00"})
-    handler = signal.getsignal(signal.SIGUSR1)
-    chain = pair_preparation.executors(ours, pair_preparation.stages(ours), job="pairs")
-    signal.signal(signal.SIGUSR1, handler)
-    assert list(chain) == list(local)
-    for name, executor in chain.items():
-        assert [str(step) for step in executor.pipeline] == [str(step) for step in local[name].pipeline[1:]]
-        assert executor.job_name == f"pairs-{name}"
-        assert executor.tasks == local[name].tasks
-    assert [executor.depends for executor in chain.values()] == [None, *list(chain.values())[:-1]]

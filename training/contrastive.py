@@ -30,7 +30,7 @@ from .pair_evaluation import build_evaluator
 from .pair_sources import load_sources, split_heldout
 from .pair_trainer import PairTrainer, open_batches, pair_arguments
 from .recipe import ContrastiveRecipe, RecipeError
-from .run import RunRecorder, TrainingDiverged, check_checkpoint, resume_checkpoint
+from .run import RunRecorder, check_checkpoint, resume_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -123,14 +123,7 @@ def run_training(recipe: ContrastiveRecipe, trainer: PairTrainer, checkpoint: st
     report = Path(recipe.output_dir) / "heldout.json"
     if trainer.evaluator is not None and checkpoint is None:
         _write_heldout(report, "before", trainer)
-    if trainer.args.world_size > 1:
-        torch.manual_seed(trainer.args.seed + trainer.args.process_index)  # dropout of its own in every process
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except TrainingDiverged as error:
-        if trainer.is_world_process_zero():
-            recorder.write(recipe.output_dir, trainer.state.global_step, {"stopped": str(error)})
-        raise
+    trainer.train_recorded(recorder, checkpoint)
     if trainer.evaluator is not None:
         _write_heldout(report, "after", trainer)
     return save_final(recipe, trainer)

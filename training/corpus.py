@@ -8,7 +8,6 @@ COST: the filtered text lies on disk once (`work/filtered`); signatures take 8 b
 (0.9 kB with the defaults); the clustering holds every document with a duplicate in memory, a few hundred bytes each.
 """
 
-import argparse
 import dataclasses
 import inspect
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from .corpus_recipe import CorpusRecipe, Quality, check
 from .executors import Stage, executors, run
+from .preparation import announce, command_line, show
 from .recipe import RecipeError, load_recipe
 
 if TYPE_CHECKING:
@@ -134,36 +134,19 @@ def prepare(recipe: CorpusRecipe) -> Path:
     return root / "tokens"
 
 
-def command_line() -> argparse.Namespace:
-    """Parses `--config RECIPE [--dry-run] [key=value ...]`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.corpus",
-        description="Corpus preparation for stage I: language, quality, near-duplicates, token shards and a report. "
-        "The same command again goes on where the last one stopped.",
-        epilog="In output_dir: tokens/train/SOURCE/*.parquet and tokens/heldout/SOURCE/*.parquet are the shards "
-        "(column input_ids), tokens/corpus.json says what they hold, report.md what was removed and why, removed/ has "
-        "examples, logs/ every task's log. Slurm: run this where sbatch is, with executor.kind=slurm.",
-    )
-    parser.add_argument("--config", required=True, help="recipe, a YAML file; training/recipes/corpus-*.yaml are ours")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and show the stages, run nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example executor.workers=8")
-    arguments = parser.parse_args()
-    for override in arguments.overrides:
-        if "=" not in override:
-            parser.error(f"{override!r} is not of the form key=value")
-    return arguments
-
-
 def main():
-    arguments = command_line()
+    arguments = command_line(
+        "training.corpus",
+        description="Corpus preparation for stage I: language, quality, near-duplicates, token shards and a report.",
+        contents="tokens/train/SOURCE/*.parquet and tokens/heldout/SOURCE/*.parquet are the shards (column "
+        "input_ids), tokens/corpus.json says what they hold",
+    )
     recipe = load_recipe(CorpusRecipe, arguments.config, arguments.overrides)
     if arguments.dry_run:
         check(recipe)
-        for name, executor in executors(recipe, stages(recipe), job="corpus").items():
-            print(f"{name} ({executor.world_size} tasks): {' | '.join(step.name for step in executor.pipeline)}")
-        return
-    shards = prepare(recipe)
-    print("jobs submitted, shards will be in" if recipe.executor.kind == "slurm" else "corpus finished:", shards)
+        show(executors(recipe, stages(recipe), job="corpus"))
+    else:
+        announce(recipe, prepare(recipe), job="corpus", results="shards")
 
 
 if __name__ == "__main__":

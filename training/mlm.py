@@ -7,15 +7,12 @@ COST: the logits exist at masked positions only (`sparse_prediction`), 30 % of (
 """
 
 import itertools
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     AutoTokenizer,
@@ -24,8 +21,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -36,13 +31,11 @@ from modeling_jina_bert.masking import IGNORED
 from .control import SparseBertForMaskedLM
 from .heap import HeapTrimmer
 from .masking import WholeWordMaskingCollator
-from .monitor import Monitor, summed
-from .packing import Progress, Reader, Tally, TrainingBatches, data_loader, load_progress
-from .recipe import MLMRecipe, RecipeError, accumulation_steps, command_line, load_recipe, training_arguments
-from .run import RunRecorder, TrainingDiverged, check_checkpoint, exit_on_recipe_error, resume_checkpoint
+from .monitor import Monitor, MonitoredTrainer, monitored_arguments, resumed_progress, summed, trained_steps
+from .packing import Reader, Report, Tally, TrainingBatches, data_loader
+from .recipe import MLMRecipe, RecipeError, accumulation_steps, command_line, load_recipe
+from .run import RunRecorder, check_checkpoint, exit_on_recipe_error, resume_checkpoint
 from .sources import open_sources, sequences
-
-logger = logging.getLogger(__name__)
 
 _ARCHITECTURES: dict[str, tuple[type, type]] = {
     "jina_bert": (JinaBertConfig, JinaBertForMaskedLM),
@@ -75,19 +68,17 @@ def build_model(recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTra
     return model_class(config)
 
 
-class MLMTrainer(Trainer):
+class MLMTrainer(MonitoredTrainer):
     """Trainer that takes the batches of `TrainingBatches`, and whose evaluation reports masked accuracy.
 
     Args:
-        monitor: Told what is trained on and what came of it.
         finished: Whether a checkpoint to resume from has all of `max_steps`.
-        **kwargs: Of Trainer; `train_dataset` are `TrainingBatches`.
+        **kwargs: Of MonitoredTrainer; `train_dataset` are `TrainingBatches`.
     """
 
-    def __init__(self, *, monitor: Monitor, finished: bool = False, **kwargs: Any):
+    def __init__(self, *, finished: bool = False, **kwargs: Any):
         super().__init__(**kwargs)
-        self.monitor, self._finished = monitor, finished
-        self.add_callback(monitor)
+        self._finished = finished
         self._model_class = type(self.model)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -95,31 +86,8 @@ class MLMTrainer(Trainer):
         # NOTE: resuming a finished run, the Trainer would take one step more.
         return DataLoader([]) if self._finished else data_loader(self.train_dataset, self.args)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        return super().get_batch_samples(self._reported(epoch_iterator), num_batches, device)
-
-    def _reported(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in batches:
-            self.monitor.add_report(batch.pop("report"))
-            yield batch
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.monitor.add_loss(loss)
-        return loss
-
-    def _get_grad_norm(self, *args: Any, **kwargs: Any):
-        norm = super()._get_grad_norm(*args, **kwargs)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.monitor.grad_norm = None if norm is None else float(norm)
-        return norm
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs.update(self.monitor.throughput(self.args.device))
-        elif "train_loss" in logs:  # the last entry of the training itself
-            logs.update(self.monitor.summary(self.args.device))
-        super().log(logs, start_time)
+    def report_of(self, batch: dict[str, Any]) -> Report:
+        return batch.pop("report")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None):
         if not self.is_fsdp_enabled:
@@ -154,26 +122,15 @@ def stage_arguments(recipe: MLMRecipe) -> TrainingArguments:
     """
     if recipe.training.get("torch_compile"):
         raise RecipeError("training.torch_compile recompiles for every length; set compile: true instead.")
-    if recipe.training.get("save_total_limit") == 1:
-        raise RecipeError("training.save_total_limit=1: a run that is killed while saving would leave nothing; use 2.")
-    decided = {
-        "remove_unused_columns": False,
-        "ignore_data_skip": True,  # the position of the data comes from the checkpoint
-        "logging_nan_inf_filter": False,  # it hides what the monitor looks for, and synchronises at every batch
-    }
+    decided: dict[str, Any] = {"remove_unused_columns": False}
     if "ddp_find_unused_parameters" not in recipe.training:
         decided["ddp_find_unused_parameters"] = False  # every parameter takes part in every step
     if recipe.global_batch_size is not None and "gradient_accumulation_steps" not in recipe.training:
         processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch say it
         decided["gradient_accumulation_steps"] = accumulation_steps(recipe, processes)
-    arguments = training_arguments(TrainingArguments, recipe, **decided)
+    arguments = monitored_arguments(TrainingArguments, recipe, command="training.mlm", **decided)
     if arguments.max_steps <= 0:
         raise RecipeError("training.max_steps must be set: the corpus is a stream without a length.")
-    if arguments.n_gpu > 1:
-        raise RecipeError(
-            f"{arguments.n_gpu} GPUs in one process: start with accelerate launch --config_file "
-            "training/accelerate/ddp.yaml -m training.mlm ..., or set CUDA_VISIBLE_DEVICES to one of them."
-        )
     return arguments
 
 
@@ -204,27 +161,15 @@ def heldout_sequences(
     return found
 
 
-def trained_steps(checkpoint: str | None) -> int:
-    """Optimiser steps of a checkpoint; 0 for None."""
-    if checkpoint is None:
-        return 0
-    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
-
-
 def training_batches(
     recipe: MLMRecipe, collator: WholeWordMaskingCollator, arguments: TrainingArguments, checkpoint: str | None
 ) -> tuple[TrainingBatches, Tally]:
     """The data of this process from where a checkpoint left them, and what was trained on before it."""
     reader = Reader(arguments.process_index, arguments.world_size, arguments.dataloader_num_workers)
-    progress, total = Progress.after(0, reader), Tally()
-    if checkpoint is not None:
-        found = load_progress(Path(checkpoint), reader)
-        if found is not None:
-            progress, total = found
-        else:
-            steps = trained_steps(checkpoint)
-            logger.warning("%s does not say where its data were: reading those of %d steps again", checkpoint, steps)
-            progress = Progress.after(steps * arguments.gradient_accumulation_steps, reader)
+    accumulated = arguments.gradient_accumulation_steps
+    progress, total = resumed_progress(
+        checkpoint, reader, accumulated=accumulated, otherwise="reading those of {steps} steps again"
+    )
     opened = open_sources(recipe, recipe.sources, collator.tokenizer)
     size = arguments.per_device_train_batch_size
     return TrainingBatches(opened, recipe, collator, size, reader, progress), total
@@ -279,14 +224,7 @@ def train(recipe: MLMRecipe, *, resume: bool | str | None = None) -> Path:
     trainer = build_trainer(recipe, arguments, checkpoint)
     recorder = RunRecorder(recipe)
     trainer.add_callback(recorder)  # the last to write into checkpoints
-    if arguments.world_size > 1:
-        torch.manual_seed(arguments.seed + arguments.process_index)  # dropout of its own in every process
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except TrainingDiverged as error:
-        if trainer.is_world_process_zero():
-            recorder.write(recipe.output_dir, trainer.state.global_step, {"stopped": str(error)})
-        raise
+    trainer.train_recorded(recorder, checkpoint)
     evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_accuracy" in entry}
     if trainer.eval_dataset and trainer.state.global_step not in evaluated:
         trainer.evaluate()

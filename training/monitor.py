@@ -1,4 +1,4 @@
-"""What a stage I run says about itself: throughput and its share of the peak, data seen, and when it has to stop.
+"""What a run says about itself: throughput and its share of the peak, data seen, and when it has to stop.
 
 Throughput counts real tokens, never padding, over the time spent on training steps and waiting for data; evaluating
 and saving are left out. MFU is the model's own FLOPs (no recomputation, every query-key pair counted even where sparse
@@ -8,19 +8,24 @@ COST: one number is reduced over the processes at every step, to see a loss that
 are looked through before every checkpoint: what is saved is finite.
 """
 
+import logging
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, TrainerCallback
+from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from .packing import Progress, Reader, Report, Tally, save_progress
-from .recipe import MLMRecipe
-from .run import TrainingDiverged
+from .packing import Progress, Reader, Report, Tally, load_progress, save_progress
+from .recipe import MLMRecipe, RecipeError, training_arguments
+from .run import RunRecorder, TrainingDiverged
+
+logger = logging.getLogger(__name__)
 
 _HISTORY = 10  # steps shown when training stops
 _WARM = 100  # steps before a rise of the loss is judged
@@ -206,3 +211,131 @@ class Monitor(TrainerCallback):
             "rows of that source), at the precision (bf16 in place of fp16), then go on with --resume.",
         ]
         return "\n  ".join(lines)
+
+
+def monitored_arguments(
+    cls: type[TrainingArguments], recipe: Any, *, command: str, **decided: Any
+) -> TrainingArguments:
+    """The arguments of a `MonitoredTrainer`, the fields that it decides among them.
+
+    Args:
+        cls: `TrainingArguments` or a subclass.
+        recipe: Its `training` holds fields of `cls`.
+        command: Module of the stage, for the message that says how to launch it.
+        **decided: Fields that the stage decides besides.
+
+    Raises:
+        RecipeError: A field or value that cannot be trained with.
+    """
+    if recipe.training.get("save_total_limit") == 1:
+        raise RecipeError("training.save_total_limit=1: a run that is killed while saving would leave nothing; use 2.")
+    decided |= {
+        "ignore_data_skip": True,  # the place of the data comes from the checkpoint
+        "logging_nan_inf_filter": False,  # it hides what the monitor looks for, and synchronises at every batch
+    }
+    arguments = training_arguments(cls, recipe, **decided)
+    if arguments.n_gpu > 1:
+        raise RecipeError(
+            f"{arguments.n_gpu} GPUs in one process: start with accelerate launch --config_file "
+            f"training/accelerate/ddp.yaml -m {command} ..., or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    return arguments
+
+
+def trained_steps(checkpoint: str | None) -> int:
+    """Optimiser steps of a checkpoint; 0 for None."""
+    if checkpoint is None:
+        return 0
+    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+
+
+def resumed_progress(
+    checkpoint: str | None, reader: Reader, *, accumulated: int, otherwise: str
+) -> tuple[Progress, Tally]:
+    """How far the data were read, and what this process has trained on before.
+
+    Args:
+        checkpoint: To resume from; None begins.
+        reader: Which process this is.
+        accumulated: Batches of an optimiser step, by which those of a checkpoint are counted that does not say.
+        otherwise: What becomes of the data of such a checkpoint, for the log; {steps} are its optimiser steps.
+
+    Raises:
+        RecipeError: A checkpoint of another number of readers.
+    """
+    if checkpoint is None:
+        return Progress.after(0, reader), Tally()
+    found = load_progress(Path(checkpoint), reader)
+    if found is not None:
+        return found
+    steps = trained_steps(checkpoint)
+    logger.warning("%s does not say where its data were: %s", checkpoint, otherwise.format(steps=steps))
+    return Progress.after(steps * accumulated, reader), Tally()
+
+
+class MonitoredTrainer(Trainer):
+    """A Trainer that tells a monitor what it trains on and what comes of it, and logs what the monitor says.
+
+    Before another Trainer among the bases of a class, it makes that one a monitored one.
+
+    Args:
+        monitor: Is told.
+        **kwargs: Of the Trainer.
+    """
+
+    def __init__(self, *, monitor: Monitor, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.monitor = monitor
+        self.add_callback(monitor)
+
+    def report_of(self, batch: dict[str, Any]) -> Report:
+        """What a batch of this process holds; called once a batch, in their order, and before the model sees it.
+
+        What is no input of the model is taken out of the batch here.
+        """
+        raise NotImplementedError
+
+    def train_recorded(self, recorder: RunRecorder, checkpoint: str | None):
+        """Trains; why a run that diverges has stopped is the last entry of its log.
+
+        Args:
+            recorder: Of the log.
+            checkpoint: To resume from; None starts anew.
+
+        Raises:
+            TrainingDiverged: See `Monitor`.
+        """
+        if self.args.world_size > 1:
+            torch.manual_seed(self.args.seed + self.args.process_index)  # dropout of its own in every process
+        try:
+            self.train(resume_from_checkpoint=checkpoint)
+        except TrainingDiverged as error:
+            if self.is_world_process_zero():
+                recorder.write(self.args.output_dir, self.state.global_step, {"stopped": str(error)})
+            raise
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(self._reported(epoch_iterator), num_batches, device)
+
+    def _reported(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            self.monitor.add_report(self.report_of(batch))
+            yield batch
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.monitor.add_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any):
+        norm = super()._get_grad_norm(*args, **kwargs)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.monitor.grad_norm = None if norm is None else float(norm)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.monitor.throughput(self.args.device))
+        elif "train_loss" in logs:  # the last entry of the training itself
+            logs.update(self.monitor.summary(self.args.device))
+        super().log(logs, start_time)

@@ -9,12 +9,12 @@ COST: the pairs lie on disk once as read (`work/read`), once as cleaned (`clean`
 bucket of signatures, or the vectors of the pool; see `pair_filters`, `consistency`.
 """
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .executors import Stage, executors, run
 from .pair_recipe import PairRecipe, check
+from .preparation import announce, command_line, show
 from .recipe import RecipeError, load_recipe
 
 if TYPE_CHECKING:
@@ -115,36 +115,19 @@ def prepare(recipe: PairRecipe) -> Path:
     return root / "pairs"
 
 
-def command_line() -> argparse.Namespace:
-    """Parses `--config RECIPE [--dry-run] [key=value ...]`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.pair_preparation",
-        description="Preparation of text pairs for stage II: duplicates, language, consistency, and a report. "
-        "The same command again goes on where the last one stopped.",
-        epilog="In output_dir: pairs/SOURCE/*.parquet (columns query, positive) are what training.pairs reads, clean/ "
-        "the same before the consistency filter, report.md what was removed and why, removed/ has examples, logs/ "
-        "every task's log. Slurm: run this where sbatch is, with executor.kind=slurm.",
-    )
-    parser.add_argument("--config", required=True, help="recipe, a YAML file; training/recipes holds ours")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and show the stages, run nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example executor.workers=8")
-    arguments = parser.parse_args()
-    for override in arguments.overrides:
-        if "=" not in override:
-            parser.error(f"{override!r} is not of the form key=value")
-    return arguments
-
-
 def main():
-    arguments = command_line()
+    arguments = command_line(
+        "training.pair_preparation",
+        description="Preparation of text pairs for stage II: duplicates, language, consistency, and a report.",
+        contents="pairs/SOURCE/*.parquet (columns query, positive) are what training.pairs reads, clean/ the same "
+        "before the consistency filter",
+    )
     recipe = load_recipe(PairRecipe, arguments.config, arguments.overrides)
     if arguments.dry_run:
         check(recipe)
-        for name, executor in executors(recipe, stages(recipe), job="pairs").items():
-            print(f"{name} ({executor.world_size} tasks): {' | '.join(step.name for step in executor.pipeline)}")
-        return
-    pairs = prepare(recipe)
-    print("jobs submitted, pairs will be in" if recipe.executor.kind == "slurm" else "pairs finished:", pairs)
+        show(executors(recipe, stages(recipe), job="pairs"))
+    else:
+        announce(recipe, prepare(recipe), job="pairs", results="pairs")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""Vectors for hard-negative mining: a text is embedded once; what cannot be read or cannot serve is named."""
+
+import numpy as np
+import pytest
+from mining_data import PAIRS, random_models  # noqa: F401  pytest finds the fixtures by name
+
+from training.embedding_shards import Embedder, Vectors, VectorStore, embed, load_embedder
+from training.mining_texts import Texts, text_hashes
+from training.recipe import RecipeError
+
+
+class CountingModel:
+    """An embedder's model whose encoded texts are counted, and that fails on demand."""
+
+    def __init__(self, embedder: Embedder):
+        self.encode_document_, self.texts, self.left = embedder.model.encode_document, [], None
+        embedder.model.encode_document = self
+
+    def __call__(self, texts, **options):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left = None if self.left is None else self.left - 1
+        self.texts += texts
+        return self.encode_document_(texts, **options)
+
+
+def test_a_text_is_embedded_once_for_a_model_and_length(models, tmp_path):
+    texts = [pair["positive"] for pair in PAIRS[:30]]
+    options = {"folder": tmp_path, "dtype": "float16", "shard_rows": 8}
+
+    def embedded(model: str, texts: list[str], max_length: int = 32, kill_after: int | None = None):
+        embedder = load_embedder(models[model], max_length=max_length, batch_size=4, device="cpu")
+        counting = CountingModel(embedder)
+        counting.left = kill_after
+        try:
+            return embed(embedder, Texts.of(texts), "document", **options), counting.texts
+        except KeyboardInterrupt:
+            return None, counting.texts
+
+    assert embedded("first", texts, kill_after=2)[1] == texts[:16]
+    vectors, rest = embedded("first", texts)
+    assert rest == texts[16:]
+    options["folder"] = tmp_path / "uninterrupted"
+    whole, every = embedded("first", texts)
+    assert every == texts
+    np.testing.assert_array_equal(vectors.take(np.arange(30)), whole.take(np.arange(30)))
+    np.testing.assert_allclose(np.linalg.norm(whole.take(np.arange(30)), axis=1), 1, atol=2e-3)
+    # Another order, a subset and a new text: only the new one is embedded.
+    mixed, new = embedded("first", [texts[20], "something new", texts[3]])
+    assert new == ["something new"]
+    np.testing.assert_array_equal(mixed.take(np.array([2, 0])), whole.take(np.array([3, 20])))
+    assert len(embedded("first", texts, max_length=16)[1]) == 30
+    other, every = embedded("second", texts)
+    assert len(every) == 30
+    assert not np.allclose(other.take(np.arange(30)), whole.take(np.arange(30)), atol=0.01)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    store = VectorStore(tmp_path, {"role": "query"}, dtype="float32")
+    store.add(text_hashes(["a", "b"]), np.ones((2, 3)))
+    store.shards[0].write_bytes(store.shards[0].read_bytes()[:-4])
+    with pytest.raises(RecipeError, match=r"000000.npy is damaged"):
+        Vectors(store.shards, np.zeros(2, int), np.arange(2))
+
+
+def test_models_that_cannot_serve_are_named(models, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match=r"model .*empty: cannot be loaded"):
+        load_embedder(str(tmp_path / "empty"), max_length=None, batch_size=4)
+    with pytest.raises(RecipeError, match="max_length=65, but it has 64 positions"):
+        load_embedder(models["first"], max_length=65, batch_size=4)
+    embedder = load_embedder(models["first"], max_length=8, batch_size=4, device="cpu")
+    embedder.model.encode_document = lambda texts, **options: np.full((len(texts), 3), np.nan, np.float32)
+    with pytest.raises(RecipeError, match="2 vectors are not finite; the first is of 'a'"):
+        embedder.embed(["a", "b"], "document")
