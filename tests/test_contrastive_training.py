@@ -1,4 +1,4 @@
-"""Training of stages II and III, of distillation and fine-tuning: resuming, several processes, what stops a run.
+"""Training of stages II and III, and fine-tuning: resuming, several processes, what stops a run.
 
 Laws: a resumed run is the uninterrupted one bit for bit; two processes are one with the batch of both; what is not
 finite is not saved; a CSV file and a published folder are enough.
@@ -9,68 +9,27 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, REPOSITORY, SHIPPED, tiny_config
-from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss
-from torch.nn.functional import normalize, softmax
+from conftest import GOLDEN, REPOSITORY
+from contrastive_runs import (  # noqa: F401  pytest finds the fixture by name
+    PAIRS,
+    RECIPES,
+    log,
+    losses,
+    overrides,
+    recipe,
+    start_folder,
+    weights,
+)
 
 from modeling_jina_bert import JinaBertModel
 from training import contrastive, finetune
 from training.contrastive import load_model
-from training.distillation import DistillationRecipe, distillation, distillation_loss
 from training.recipe import ContrastiveRecipe, RecipeError, load_recipe
 from training.run import TrainingDiverged, exit_on_recipe_error
-
-DATA = REPOSITORY / "tests" / "data"
-RECIPES = REPOSITORY / "training" / "recipes"
-PAIRS = [json.loads(line) for line in (DATA / "pairs.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory, tokenizer):
-    """A folder with a tiny model with dropout, and `data`: two files of pairs, two of pairs with negatives."""
-    folder = tmp_path_factory.mktemp("start")
-    torch.manual_seed(0)
-    JinaBertModel(tiny_config(hidden_size=32, intermediate_size=48, hidden_dropout_prob=0.1)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for name in ("pairs", "triplets"):
-        lines = (DATA / f"{name}.jsonl").read_text().splitlines()
-        (folder / f"{name}-0.jsonl").write_text("\n".join(lines[::3]))
-        (folder / f"{name}-1.jsonl").write_text("\n".join(lines[1::3] + lines[2::3]))
-    return folder
-
-
-def overrides(stage: str, start: Path, output: Path, *changes: str) -> list[str]:
-    file = "triplets" if "hard" in stage else "pairs"
-    sources = f"[{{name: a, path: {file}-0.jsonl, weight: 2.0}}, {{name: b, path: {file}-1.jsonl}}]"
-    return [
-        f"model={start}", f"output_dir={output}", f"data_dir={start}", f"sources={sources}", "max_length=16",
-        "training.max_steps=6", "training.save_steps=3", "training.per_device_train_batch_size=4",
-        "training.learning_rate=0.01", "training.logging_steps=1", "training.warmup_steps=1",
-        "training.disable_tqdm=true", "training.use_cpu=true", *changes,
-    ]  # fmt: skip
-
-
-def recipe(stage: str, *arguments, schema=ContrastiveRecipe) -> ContrastiveRecipe:
-    return load_recipe(schema, RECIPES / f"tiny-{stage}.yaml", overrides(stage, *arguments))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {entry["step"]: entry["loss"] for entry in log(folder) if "loss" in entry}
 
 
 def test_stage_three_resumes_bit_for_bit(start, tmp_path):
@@ -171,60 +130,6 @@ def test_what_is_not_finite_stops_the_run(start, tmp_path):
 def test_what_is_wrong_is_said_before_the_first_step(start, tmp_path, changes, message):
     with pytest.raises(RecipeError, match=message):
         contrastive.train(recipe("pairs", start, tmp_path / "run", *changes))
-
-
-def distilled(start, output, *changes, resume=None) -> Path:
-    student = ("training.learning_rate=0.003", f"teacher={SHIPPED}", f"cache_dir={output.parent / 'teacher'}")
-    config = recipe("distillation", start, output, *student, *changes, schema=DistillationRecipe)
-    return contrastive.train(config, resume=resume, objective=distillation)
-
-
-def test_distillation_moves_towards_the_teacher_and_resumes(start, tmp_path, caplog):
-    steps = ("training.max_steps=20", "training.save_steps=10", "training.per_device_train_batch_size=16")
-    caplog.set_level("INFO")
-    whole = distilled(start, tmp_path / "whole", *steps)
-    assert "280 of 280 document texts to embed" in caplog.text
-    found = losses(tmp_path / "whole")
-    assert sum(found[step] for step in range(16, 21)) < 0.85 * sum(found[step] for step in range(1, 6))
-    caplog.clear()
-    resumed = distilled(start, tmp_path / "half", *steps, resume=str(tmp_path / "whole" / "checkpoint-10"))
-    assert "0 of 280 document texts to embed" in caplog.text
-    for name, tensor in weights(whole).items():
-        torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=0, msg=name)
-    with pytest.raises(RecipeError, match="distillation has none"):
-        distilled(start, tmp_path / "other", "mini_batch_tokens=100")
-
-
-def test_the_distillation_loss_is_that_of_sentence_transformers():
-    temperature, generator = 0.3, torch.Generator().manual_seed(1)
-    student, teacher = (
-        [torch.randn(5, width, generator=generator, dtype=torch.float64) for _ in range(2)] for width in (6, 9)
-    )
-
-    def scores(anchors, documents):
-        return normalize(anchors, dim=1) @ normalize(documents, dim=1).T
-
-    def expected(anchors, documents, wanted) -> torch.Tensor:
-        # Candidate k of row i is document i + k.
-        shifted = [documents.roll(-k, 0) for k in range(5)]
-        labels = torch.stack([wanted.roll(-k, 1).diagonal() for k in range(5)], dim=1)
-        loss = DistillKLDivLoss(
-            SentenceTransformer(modules=[torch.nn.Identity()]),
-            similarity_fct=lambda a, b: (normalize(a, dim=1) * normalize(b, dim=1)).sum(dim=1),
-            temperature=temperature,
-        )
-        return loss.compute_loss_from_embeddings([anchors, *shifted], labels) / temperature**2
-
-    wanted = scores(*teacher)
-    both = expected(*student, wanted), expected(*student[::-1], wanted.T)
-    assert distillation_loss(student, teacher, temperature).item() == pytest.approx(sum(both).item() / 2, rel=1e-12)
-    p, q = softmax(wanted / temperature, dim=1), softmax(scores(*student) / temperature, dim=1)
-    assert both[0].item() == pytest.approx((p * (p / q).log()).sum().item() / 5, rel=1e-12)
-    # Further documents count in the first direction alone; a teacher that agrees costs nothing.
-    assert distillation_loss([*student, student[0]], [*teacher, teacher[1]], temperature) != pytest.approx(
-        distillation_loss(student, teacher, temperature)
-    )
-    assert distillation_loss(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
 Laws: pool and sample are the texts with the smallest seeded hashes, so they depend on the pairs alone, not on how they
 were read or cut into tasks. A positive of the pool that is no nearer than the pair's own takes no place from it; so
-it does not matter whether the pair's own is in the pool. Texts are embedded in float32 and searched exactly (faiss).
+it does not matter whether the pair's own is in the pool. Texts are embedded in float32 and searched exactly (faiss);
+in float16, a cosine's error of 1e-4, where a recipe keeps the vectors for distillation.
 COST: a pair takes two texts through the teacher and 2 x pool x width FLOPs of search (0.8 GFLOP for the paper's pool
 and 384 dimensions); a task holds the pool's vectors (1.5 GB for that).
 """
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     import faiss
 
     from .corpus_steps import Removed
-    from .embedding_shards import Embedder
+    from .embedding_shards import Embedder, KeptEmbedder
 
 _JUDGED = 512  # pairs embedded at a time, so that texts of similar length share a batch
+_JUDGED_AND_KEPT = 4096  # of which the vectors are kept: those of a batch are a file
 _TOLERANCE = 1e-5  # the same text in another batch has another vector by 1e-7
 
 
@@ -39,13 +41,18 @@ def _teacher(name: str, max_length: int | None, batch_size: int, device: str | N
     return load_embedder(name, max_length=max_length, batch_size=batch_size, device=device)
 
 
-def load_teacher(consistency: Consistency) -> "Embedder":
+def load_teacher(consistency: Consistency) -> "Embedder | KeptEmbedder":
     """The teacher of a recipe, once a process.
 
     Raises:
         RecipeError: It cannot be loaded, or has no positions for `max_length` tokens.
     """
-    return _teacher(consistency.teacher, consistency.max_length, consistency.batch_size, consistency.device)
+    teacher = _teacher(consistency.teacher, consistency.max_length, consistency.batch_size, consistency.device)
+    if consistency.cache_dir is None:
+        return teacher
+    from .embedding_shards import KeptEmbedder
+
+    return KeptEmbedder(teacher, Path(consistency.cache_dir))
 
 
 class HashedTexts(PipelineStep):
@@ -206,7 +213,7 @@ class ConsistencyFilter(BaseFilter):
     name = "consistency"
 
     def __init__(self, folder: str, consistency: Consistency, exclusion_writer: "Removed | None" = None):
-        super().__init__(exclusion_writer, batch_size=_JUDGED)
+        super().__init__(exclusion_writer, batch_size=_JUDGED_AND_KEPT if consistency.cache_dir else _JUDGED)
         self.folder = Path(folder)
         self.consistency = consistency
 

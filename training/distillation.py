@@ -1,10 +1,11 @@
-"""Distillation: a JinaBERT learns the similarities that a teacher gives to the texts of a batch. Not in the paper.
+"""Distillation: a JinaBERT learns a teacher's similarities of the texts of a batch, and its vectors. Not in the paper.
 
     python -m training.distillation --config training/recipes/tiny-distillation.yaml data_dir=DATA model=RUN/final \
         output_dir=RUN2
 
-The teacher may be any sentence-transformers model, of any width and vocabulary: what is learnt are distributions over
-the documents of the batch, so nothing is added to the model. In place of, or after, stage II.
+The teacher may be any sentence-transformers model, of any vocabulary: what is learnt are distributions over the
+documents of the batch and, if the teacher is at least as wide as the student, its vectors. Nothing is added to the
+model. Before, in place of, or after stage II.
 
 Laws: the teacher reads every text once, to disk, and is not in memory while the model trains; another run finds its
 vectors again. Batches, checkpoints and resuming are those of stage II.
@@ -18,8 +19,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from datasets import DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from omegaconf import MISSING
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ from .run import exit_on_recipe_error
 
 _SHARD_ROWS = 20_000
 """Texts after which what the teacher has read is safe on disk."""
+_AXES_ROWS = 50_000
+"""Vectors that the axes are taken from, at most."""
 
 
 @dataclass
@@ -41,6 +45,8 @@ class DistillationRecipe(ContrastiveRecipe):
     """A `ContrastiveRecipe` with a teacher; `temperature` is that of both distributions.
 
     Attributes:
+        vector_weight: Of `vector_loss`, which is added to `distillation_loss`; 0 is that alone.
+        word_embeddings: Whether to begin with the teacher's word embeddings, see `take_word_embeddings`.
         teacher: Folder, Hub name, or "all-MiniLM-L6-v2" from its PyPI package.
         teacher_max_length: Tokens the teacher cuts a text at; None keeps its own limit.
         cache_dir: Folder of the teacher's vectors.
@@ -49,6 +55,8 @@ class DistillationRecipe(ContrastiveRecipe):
     teacher: str = MISSING
     teacher_max_length: int | None = None
     cache_dir: str = "runs/teacher-vectors"
+    vector_weight: float = 0.0
+    word_embeddings: bool = False
 
 
 def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float) -> Tensor:
@@ -79,25 +87,94 @@ def _log_probabilities(columns: Sequence[Tensor], temperature: float) -> tuple[T
     )
 
 
-class SimilarityDistillationLoss(nn.Module):
-    """`distillation_loss` against vectors on disk.
+def vector_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], axes: Tensor) -> Tensor:
+    """Cosine distance of the student's vectors from the teacher's, the mean over texts.
+
+    Args:
+        student: `(texts, width)` float, of each column.
+        teacher: `(texts, teacher width)` float, of each column; constants.
+        axes: `(teacher width, width)`, see `principal_axes`.
+    """
+    found = torch.cat([normalize(column, dim=1) for column in student])
+    wanted = normalize(torch.cat(list(teacher)) @ axes, dim=1)
+    return 1 - (found * wanted).sum(dim=1).mean()
+
+
+def principal_axes(vectors: Tensor, width: int) -> Tensor:
+    """The axes on which vectors keep most of their inner products: `(vectors' width, width)`, orthonormal columns.
+
+    Those of PCA without centring: cosines, not variances, are what is learnt. The largest component of an axis is
+    positive, so that a run that is resumed elsewhere does not find one turned round.
+
+    Args:
+        vectors: `(rows, vectors' width)` float.
+        width: At most that of the vectors.
+    """
+    _, axes = torch.linalg.eigh(vectors.T @ vectors)  # of ascending eigenvalue
+    axes = axes[:, -width:].flip(1)
+    return axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+
+
+@torch.no_grad()
+def take_word_embeddings(student: SentenceTransformer, teacher: SentenceTransformer):
+    """Gives the student the teacher's word embeddings, on as many of their principal axes as it has dimensions.
+
+    They are scaled to the standard deviation of the student's; tokens that only the student has keep their own.
+
+    Raises:
+        RecipeError: The vocabularies differ, or the teacher's embeddings are the narrower ones.
+    """
+    known = student.tokenizer.get_vocab()
+    ids = teacher.tokenizer.get_vocab()
+    if any(known.get(token) != number for token, number in ids.items()):
+        raise RecipeError("word_embeddings: the teacher's vocabulary is not the model's; use word_embeddings=false.")
+    mine = student[0].auto_model.get_input_embeddings()
+    theirs = teacher[0].auto_model.get_input_embeddings().weight[: len(ids)].float().to(mine.weight.device)
+    width = mine.weight.shape[1]
+    if theirs.shape[1] < width:
+        raise RecipeError(f"word_embeddings: the teacher's have {theirs.shape[1]} dimensions, the model's {width}.")
+    centred = theirs - theirs.mean(dim=0)
+    taken = centred @ principal_axes(centred, width)
+    mine.weight[: len(ids)] = taken * (mine.weight.std() / taken.std())
+    if mine.padding_idx is not None:
+        mine.weight[mine.padding_idx] = 0
+
+
+class DistillationLoss(nn.Module):
+    """`distillation_loss`, and `vector_loss` by its weight, against vectors on disk.
 
     Args:
         model: The student.
-        teacher: Vectors of the teacher; labels are `(batch, columns)` numbers of them.
+        teacher: Vectors of the teacher for queries and for documents. Labels are `(batch, columns)` numbers of them:
+            the first column's of the queries, the others' of the documents.
         temperature: See `distillation_loss`.
+        axes: See `vector_loss`; None with a weight of 0.
+        weight: Of `vector_loss`.
     """
 
-    def __init__(self, model: SentenceTransformer, teacher: Vectors, temperature: float):
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        teacher: tuple[Vectors, Vectors],
+        temperature: float,
+        *,
+        axes: Tensor | None = None,
+        weight: float = 0.0,
+    ):
         super().__init__()
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.weight = model, temperature, weight
         self._teacher = teacher
+        self.register_buffer("axes", axes, persistent=False)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         student = [self.model(features)["sentence_embedding"] for features in sentence_features]
-        vectors = torch.from_numpy(self._teacher.take(labels.flatten().cpu().numpy()))
-        vectors = vectors.to(student[0].device).unflatten(0, tuple(labels.shape))  # (batch, columns, teacher width)
-        return distillation_loss(student, vectors.unbind(1), self.temperature)
+        queries, documents = self._teacher
+        teacher = [
+            torch.from_numpy((documents if column else queries).take(numbers)).to(student[0].device)
+            for column, numbers in enumerate(labels.cpu().numpy().T)
+        ]
+        loss = distillation_loss(student, teacher, self.temperature)
+        return loss + self.weight * vector_loss(student, teacher, self.axes) if self.weight else loss
 
 
 def distillation(
@@ -109,7 +186,8 @@ def distillation(
     """The rows with the numbers of their texts' vectors as labels, and the loss that looks these up.
 
     Raises:
-        RecipeError: A teacher that cannot be loaded; what stage II can do and distillation cannot.
+        RecipeError: A teacher that cannot be loaded, or cannot give what is wanted of it; what stage II can do and
+            distillation cannot.
     """
     for field in ("mini_batch_size", "mini_batch_tokens", "matryoshka_dims"):
         if getattr(recipe, field):
@@ -117,21 +195,41 @@ def distillation(
     embedder = load_embedder(
         recipe.teacher, max_length=recipe.teacher_max_length, batch_size=arguments.per_device_eval_batch_size
     )
-    numbered, columns, texts = {}, [], 0
+    if recipe.word_embeddings:
+        take_word_embeddings(model, embedder.model)
+    numbered = {}
+    texts: dict[str, list[Dataset]] = {"query": [], "document": []}
     for name, dataset in datasets.items():
-        starts = range(texts, texts + len(dataset) * len(dataset.column_names), len(dataset))
+        starts = []
+        for column in dataset.column_names:
+            role = "document" if starts else "query"
+            starts.append(sum(map(len, texts[role])))
+            texts[role].append(dataset.select_columns([column]).rename_columns({column: "text"}))
         numbered[name] = dataset.add_column(LABEL, [[start + row for start in starts] for row in range(len(dataset))])
-        columns += [dataset.select_columns([c]).rename_columns({c: "text"}) for c in dataset.column_names]
-        texts += len(dataset) * len(dataset.column_names)
-    vectors = embed(
-        embedder,
-        Texts(concatenate_datasets(columns)),
-        "document",
-        folder=Path(recipe.cache_dir),
-        dtype="float16",
-        shard_rows=_SHARD_ROWS,
+    folder = Path(recipe.cache_dir)
+    queries, documents = (
+        embed(embedder, Texts(concatenate_datasets(t)), role, folder=folder, dtype="float16", shard_rows=_SHARD_ROWS)
+        for role, t in texts.items()
     )
-    return DatasetDict(numbered), SimilarityDistillationLoss(model, vectors, recipe.temperature)
+    loss = DistillationLoss(
+        model,
+        (queries, documents),
+        recipe.temperature,
+        axes=_axes(recipe, model, documents) if recipe.vector_weight else None,
+        weight=recipe.vector_weight,
+    )
+    return DatasetDict(numbered), loss
+
+
+def _axes(recipe: DistillationRecipe, model: SentenceTransformer, vectors: Vectors) -> Tensor:
+    """The teacher's axes in the student's width, from vectors all over the sources."""
+    width = model.get_embedding_dimension()
+    if vectors.width < width:
+        raise RecipeError(
+            f"teacher {recipe.teacher}: {vectors.width} dimensions, the model has {width}; use vector_weight=0."
+        )
+    chosen = np.linspace(0, len(vectors) - 1, min(len(vectors), _AXES_ROWS)).astype(np.int64)
+    return principal_axes(torch.from_numpy(vectors.take(chosen)), width)
 
 
 def main():

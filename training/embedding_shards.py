@@ -168,6 +168,29 @@ class Embedder:
         return vectors
 
 
+@dataclass
+class KeptEmbedder:
+    """An embedder that finds the vectors in a folder again, and keeps there, in float16, those that are new."""
+
+    embedder: Embedder
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.embedder.name
+
+    def identity(self, role: str) -> dict[str, Any]:
+        """See `Embedder.identity`."""
+        return self.embedder.identity(role)
+
+    def embed(self, texts: list[str], role: str) -> np.ndarray:
+        """See `Embedder.embed`; new vectors of one call are one file."""
+        vectors = embed(
+            self.embedder, Texts.of(texts), role, folder=self.folder, dtype="float16", shard_rows=len(texts)
+        )
+        return vectors.take(np.arange(len(texts)))
+
+
 def load_embedder(name: str, *, max_length: int | None, batch_size: int, device: str | None = None) -> Embedder:
     """A model by name.
 

@@ -53,6 +53,8 @@ class Consistency:
         max_length: Tokens of the teacher that a text is cut at; None is the teacher's own limit.
         batch_size: Texts in a batch.
         device: None chooses.
+        cache_dir: Folder in which the teacher's vectors are kept, in float16, and found again: by another preparation,
+            or by a distillation from the same teacher at the same `max_length`. None keeps none.
     """
 
     teacher: str = MINILM
@@ -62,6 +64,7 @@ class Consistency:
     max_length: int | None = None
     batch_size: int = 32
     device: str | None = None
+    cache_dir: str | None = None
 
 
 @dataclass
