@@ -39,7 +39,7 @@ from .mining_search import BM25Search, DenseSearch, Found, Search, search_all
 from .mining_texts import Collection, Texts, collect, replacing
 from .negative_filters import Reason
 from .negative_judges import CrossEncoderScores, Judge, TeacherJudge, needed_passages
-from .recipe import RecipeError, load_recipe
+from .recipe import RecipeError, load_recipe, override
 
 logger = logging.getLogger(__name__)
 
@@ -180,12 +180,8 @@ def command_line() -> argparse.Namespace:
     parser.add_argument(
         "--config", required=True, help="recipe, a YAML file; training/recipes/tiny-mining.yaml is ours"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example depth=50")
-    arguments = parser.parse_args()
-    for override in arguments.overrides:
-        if "=" not in override:
-            parser.error(f"{override!r} is not of the form key=value")
-    return arguments
+    parser.add_argument("overrides", nargs="*", type=override, metavar="key=value", help="for example depth=50")
+    return parser.parse_args()
 
 
 def main():

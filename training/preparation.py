@@ -8,6 +8,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .recipe import override
+
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
 
@@ -28,12 +30,10 @@ def command_line(module: str, *, description: str, contents: str) -> argparse.Na
     )
     parser.add_argument("--config", required=True, help="recipe, a YAML file; training/recipes holds ours")
     parser.add_argument("--dry-run", action="store_true", help="check everything and show the stages, run nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example executor.workers=8")
-    arguments = parser.parse_args()
-    for override in arguments.overrides:
-        if "=" not in override:
-            parser.error(f"{override!r} is not of the form key=value")
-    return arguments
+    parser.add_argument(
+        "overrides", nargs="*", type=override, metavar="key=value", help="for example executor.workers=8"
+    )
+    return parser.parse_args()
 
 
 def show(chain: dict[str, "PipelineExecutor"]):

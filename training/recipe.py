@@ -289,13 +289,23 @@ def command_line(description: str) -> argparse.Namespace:
         const=True,
         help="resume from the last checkpoint in output_dir, or from the one named here",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.max_steps=100")
+    parser.add_argument(
+        "overrides", nargs="*", type=override, metavar="key=value", help="for example training.max_steps=100"
+    )
     arguments = parser.parse_args()
     if isinstance(arguments.resume, str) and "=" in arguments.resume and not Path(arguments.resume).exists():
         # "--resume key=value": the first override is no checkpoint.
         arguments.overrides.insert(0, arguments.resume)
         arguments.resume = True
-    for override in arguments.overrides:
-        if "=" not in override:
-            parser.error(f"{override!r} is not of the form key=value")
     return arguments
+
+
+def override(text: str) -> str:
+    """The type of a command's overrides, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not of the form key=value.
+    """
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    return text
