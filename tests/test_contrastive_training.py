@@ -24,7 +24,9 @@ from contrastive_runs import (  # noqa: F401  pytest finds the fixture by name
     start_folder,
     weights,
 )
+from huggingface_hub import ModelCard
 
+from hub_repo.model_card import check_card
 from modeling_jina_bert import JinaBertModel
 from training import contrastive, finetune
 from training.contrastive import load_model
@@ -150,7 +152,7 @@ def finetune_command(table, output, *changes) -> list[str]:
 
 
 def test_from_a_csv_and_a_published_folder_to_a_model(table, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", finetune_command(table, tmp_path / "run"))
+    monkeypatch.setattr(sys, "argv", finetune_command(table, tmp_path / "run", "license=mit"))
     finetune.main()
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "run" / "heldout.json").read_text())
@@ -160,6 +162,8 @@ def test_from_a_csv_and_a_published_folder_to_a_model(table, tmp_path, monkeypat
     assert f"ndcg@10{before:>23.4f}{after:>9.4f}" in printed
     assert next(entry["step"] for entry in log(tmp_path / "run") if "eval_sequential_score" in entry) == 0
     final = tmp_path / "run" / "final"
+    assert check_card((final / "README.md").read_text(encoding="utf-8")) == []
+    assert ModelCard.load(final / "README.md").data.license == "mit"
 
     # What was reported, by hand: held-out questions among all answers.
     config = load_recipe(finetune.FinetuneRecipe, RECIPES / "finetune.yaml", finetune_command(table, tmp_path)[3:])

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from omegaconf import MISSING
 
 from .contrastive import train
@@ -31,6 +32,9 @@ class FinetuneRecipe(ContrastiveRecipe):
         positive: Its column with the matching text.
         negatives: Its column, or pattern of columns, with texts that do not match; read if `num_negatives` is not 0.
         heldout_share: Share of the anchors that is evaluated and not trained on; 0 evaluates nothing.
+        language: Of the texts, ISO 639-1, for the card.
+        license: Identifier of the Hub for the card, for example "apache-2.0"; None leaves it out, and nothing without
+            one is published.
     """
 
     data: str = MISSING
@@ -38,6 +42,19 @@ class FinetuneRecipe(ContrastiveRecipe):
     positive: str = "positive"
     negatives: str = "negative*"
     heldout_share: float = 0.1
+    language: str = "en"
+    license: str | None = None
+
+
+def complete_card(path: Path, recipe: FinetuneRecipe):
+    """Adds to the card that sentence-transformers wrote what it cannot know: language, licence, base model."""
+    card = ModelCard.load(path)
+    card.data.language = recipe.language
+    if recipe.license is not None:
+        card.data.license = recipe.license
+    if not Path(recipe.model).exists():  # a path means nothing to others
+        card.data.base_model = recipe.model
+    card.save(path)
 
 
 def summary(metrics: dict[str, dict[str, float]]) -> str:
@@ -61,6 +78,7 @@ def main():
     final = train(recipe, resume=arguments.resume)
     if int(os.environ.get("RANK", "0")) > 0:
         return
+    complete_card(final / "README.md", recipe)
     report = Path(recipe.output_dir) / "heldout.json"
     if report.is_file():
         print(summary(json.loads(report.read_text(encoding="utf-8"))))
