@@ -119,7 +119,8 @@ SECTIONS = (
         "Local sets",
         "How good is the model beside all-MiniLM-L6-v2 and BM25 on retrieval, similarity, clustering, classification?",
         ("local/*.json", "tiny.json"),
-        "python -m evaluation.local --model hub_repo/tiny --data DATA --output evaluation/results/local/tiny.json",
+        "python -m evaluation.local --model hub_repo/tiny --data DATA --max-texts 1000 "
+        "--output evaluation/results/local/tiny.json",
         _local,
     ),
     Section(
