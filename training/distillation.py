@@ -1,7 +1,6 @@
 """Distillation: a JinaBERT learns a teacher's similarities of the texts of a batch, and its vectors. Not in the paper.
 
-    python -m training.distillation --config training/recipes/tiny-distillation.yaml data_dir=DATA model=RUN/final \
-        output_dir=RUN2
+    python -m training.distillation --config training/recipes/tiny-distillation.yaml model=RUN/final output_dir=RUN2
 
 The teacher may be any sentence-transformers model, of any vocabulary: what is learnt are distributions over the
 documents of the batch and, if the teacher is at least as wide as the student, its vectors. Nothing is added to the
@@ -45,11 +44,11 @@ class DistillationRecipe(ContrastiveRecipe):
     """A `ContrastiveRecipe` with a teacher; `temperature` is that of both distributions.
 
     Attributes:
-        vector_weight: Of `vector_loss`, which is added to `distillation_loss`; 0 is that alone.
-        word_embeddings: Whether to begin with the teacher's word embeddings, see `take_word_embeddings`.
         teacher: Folder, Hub name, or "all-MiniLM-L6-v2" from its PyPI package.
         teacher_max_length: Tokens the teacher cuts a text at; None keeps its own limit.
         cache_dir: Folder of the teacher's vectors.
+        vector_weight: Of `vector_loss`, which is added to `distillation_loss`; 0 is that alone.
+        word_embeddings: Whether to begin with the teacher's word embeddings, see `take_word_embeddings`.
     """
 
     teacher: str = MISSING
