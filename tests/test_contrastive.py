@@ -99,6 +99,19 @@ def test_the_loss_is_half_of_the_paper(folder, num_negatives, options):
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", [{}, {"mini_batch_tokens": 150, "mini_batch_size": 2}], ids=str)
+def test_one_direction_is_the_first_sum_of_the_paper(folder, options):
+    config = recipe(folder, num_negatives=3, bidirectional=False, **options)
+    model = load_model(config).double()
+    rows = load_sources(config)["facts"].select(range(7))
+    features = [model.preprocess(rows[column][:]) for column in rows.column_names]
+    queries, *documents = [
+        normalize(model(dict(feature))["sentence_embedding"], dim=1).detach() for feature in features
+    ]
+    expected = info_nce(queries @ torch.cat(documents).T / TEMPERATURE)
+    assert build_loss(model, config)(features, torch.empty(0)).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_mini_batches_keep_the_budget_and_hold_texts_of_like_length(folder):
     config = recipe(folder, mini_batch_tokens=200, max_length=64)
     model = load_model(config)
@@ -145,6 +158,21 @@ def test_negatives_are_filled_or_refused(folder, tmp_path):
         negatives = [row[f"negative_{i}"] for i in range(1, 21)]
         assert len(set(negatives)) == 20
         assert row["positive"] not in negatives
+
+
+def test_a_source_without_negatives_has_random_ones_that_are_no_positive_of_the_anchor(folder, tmp_path):
+    rows = [{"query": f"question {i % 5}", "positive": f"answer {i}"} for i in range(15)]
+    (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {
+        "data_dir": str(tmp_path),
+        "sources": [Source(name="plain", path="plain.jsonl", negatives=None)],
+        "num_negatives": 12,
+    }
+    with pytest.raises(RecipeError, match=r"source plain: row 0 has 0 of 12 negatives; set fill_negatives"):
+        load_sources(recipe(folder, **changes))
+    for index, row in enumerate(load_sources(recipe(folder, **changes, fill_negatives="random"))["plain"]):
+        others = {f"answer {i}" for i in range(15) if i % 5 != index % 5}
+        assert {row[f"negative_{i}"] for i in range(1, 13)} == others
 
 
 def texts_of(dataset, rows) -> list[str]:

@@ -191,6 +191,8 @@ def distillation(
     for field in ("mini_batch_size", "mini_batch_tokens", "matryoshka_dims"):
         if getattr(recipe, field):
             raise RecipeError(f"{field}={getattr(recipe, field)}: distillation has none; use a smaller batch.")
+    if not recipe.bidirectional:
+        raise RecipeError("bidirectional=false: distillation has both directions.")
     embedder = load_embedder(
         recipe.teacher, max_length=recipe.teacher_max_length, batch_size=arguments.per_device_eval_batch_size
     )

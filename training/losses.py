@@ -5,7 +5,7 @@ mini-batches, the budget of tokens and the number of devices change neither its 
 
 NOTE: sentence-transformers averages the two directions, the paper adds them: our loss is exactly half the paper's.
 AdamW is invariant to that factor; gradient clipping is not, so `max_grad_norm` acts as twice the value on the paper's
-scale.
+scale. With `bidirectional: false` it is the first direction alone, whole.
 """
 
 from collections.abc import Iterable
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .recipe import ContrastiveRecipe, RecipeError
 
+_DIRECTIONS = ("query_to_doc", "doc_to_query")
 _SCORE_ROWS = 64
 """Rows of the score matrix held at a time where mini-batches are counted in tokens."""
 
@@ -30,7 +31,7 @@ def build_loss(model: SentenceTransformer, recipe: ContrastiveRecipe, *, process
 
     Args:
         model: What is trained.
-        recipe: Gives temperature, mini-batches and Matryoshka dimensions.
+        recipe: Gives temperature, directions, mini-batches and Matryoshka dimensions.
         processes: With more than one, each compares its rows with those of all (`gather_across_devices`).
 
     Returns:
@@ -43,7 +44,7 @@ def build_loss(model: SentenceTransformer, recipe: ContrastiveRecipe, *, process
         raise RecipeError(f"temperature={recipe.temperature} is not above 0.")
     options = {
         "scale": 1 / recipe.temperature,
-        "directions": ("query_to_doc", "doc_to_query"),
+        "directions": _DIRECTIONS if recipe.bidirectional else _DIRECTIONS[:1],
         "partition_mode": "per_direction",
         "gather_across_devices": recipe.gather_across_devices and processes > 1,
     }

@@ -87,7 +87,7 @@ def _load_source(source: Source, recipe: ContrastiveRecipe, seed: int) -> Datase
     if len(columns) < 2:
         raise RecipeError(f"source {source.name}: anchor and positive are the same column, {source.anchor!r}.")
     negatives = []
-    if recipe.num_negatives:
+    if recipe.num_negatives and source.negatives is not None:
         names = dataset.column_names or list(next(iter(dataset), {}))
         negatives = fnmatch.filter(names, source.negatives) or [source.negatives]
     check_columns(dataset, source, [*columns, *negatives])
@@ -143,9 +143,12 @@ def _rows(stream: IterableDataset) -> Iterator[dict[str, Any]]:
 def _expand_negatives(
     dataset: Dataset, columns: list[str], source: Source, recipe: ContrastiveRecipe, seed: int
 ) -> Dataset:
-    """Exactly `num_negatives` text columns; rows with fewer are filled with positives of other rows, or refused."""
+    """Exactly `num_negatives` text columns; rows with fewer are filled with positives of other anchors, or refused."""
     wanted = recipe.num_negatives
     positives = dataset["positive"][:]
+    own: dict[str, set[str]] = {}  # an anchor may have several positives, each in a row of its own
+    for anchor, positive in zip(dataset["anchor"], positives, strict=True):
+        own.setdefault(anchor, set()).add(positive)
 
     def expand(row: dict[str, Any], index: int) -> dict[str, str]:
         given = [text for name in columns for text in _as_list(row[name])]
@@ -154,7 +157,8 @@ def _expand_negatives(
                 f"source {source.name}: {source.negatives!r} of row {index} holds something else than text."
             )
         # A dictionary keeps the order, and each text once.
-        kept = {text: None for text in given if text.strip() and text not in (row["positive"], row["anchor"])}
+        matching = {row["anchor"], *own[row["anchor"]]}
+        kept = {text: None for text in given if text.strip() and text not in matching}
         negatives = list(kept)[:wanted]
         if len(negatives) < wanted and recipe.fill_negatives == "error":
             raise RecipeError(
@@ -162,7 +166,7 @@ def _expand_negatives(
                 "set fill_negatives: random."
             )
         generator = np.random.default_rng([seed, index])
-        excluded = {row["positive"], row["anchor"], *negatives}
+        excluded = {*matching, *negatives}
         for _ in range(100 * wanted):
             if len(negatives) == wanted:
                 break

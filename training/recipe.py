@@ -42,6 +42,7 @@ class Source:
         anchor: Column with the query (stages II and III).
         positive: Column with the matching text (stages II and III).
         negatives: Column with a hard negative or a list of them, or a pattern of columns ("negative_*") (stage III).
+            None: the source has none, they are all filled as the recipe says.
         url: Public origin, for the model card.
     """
 
@@ -56,7 +57,7 @@ class Source:
     heldout_share: float = 0.0
     anchor: str = "query"
     positive: str = "positive"
-    negatives: str = "negatives"
+    negatives: str | None = "negatives"
     url: str | None = None
 
 
@@ -137,6 +138,8 @@ class ContrastiveRecipe:
         sources: Pairs, or pairs with negatives; every batch comes from one source.
         max_length: Tokens a text is cut at.
         temperature: Of the InfoNCE loss; its inverse multiplies the cosine.
+        bidirectional: Whether positives are compared with all anchors too, as in the paper, or anchors with all
+            documents alone.
         num_negatives: Hard negatives a row; 0 is stage II.
         fill_negatives: What happens to rows with fewer: "random" draws texts of other rows of the source, "error"
             refuses.
@@ -161,6 +164,7 @@ class ContrastiveRecipe:
     sources: list[Source] = field(default_factory=list)
     max_length: int = 512
     temperature: float = 0.05
+    bidirectional: bool = True
     num_negatives: int = 0
     fill_negatives: str = "error"
     mini_batch_size: int | None = None

@@ -492,16 +492,22 @@ class JinaBertForMaskedLM(JinaBertPreTrainedModel):
         predictions = self.cls.predictions
         hidden_states = predictions.transform(hidden_states)
         count = max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch
-        if hasattr(nn, "LinearCrossEntropyOptions") and not torch.is_autocast_enabled(hidden_states.device.type):
-            loss = nn.functional.linear_cross_entropy(
-                hidden_states,
-                predictions.decoder.weight,
+        if hasattr(nn, "LinearCrossEntropyOptions"):
+            device = hidden_states.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+            half = dtype in (torch.bfloat16, torch.float16)
+            losses = nn.functional.linear_cross_entropy(
+                hidden_states.to(dtype),
+                predictions.decoder.weight.to(dtype),
                 labels,
-                linear_bias=predictions.decoder.bias,
-                reduction="sum",
-                options=nn.LinearCrossEntropyOptions(batch_chunk_size=LOGITS_BLOCK),
+                linear_bias=predictions.decoder.bias.to(dtype),
+                # TRAP: a sum would come back in half precision, a loss of 10.3 as 10.25 or 10.31.
+                reduction="none" if half else "sum",
+                options=nn.LinearCrossEntropyOptions(
+                    batch_chunk_size=LOGITS_BLOCK, acc_policy="balanced" if half else "auto"
+                ),
             )
-            return loss / count
+            return (losses.float().sum() if half else losses) / count
 
         def block(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             logits = predictions.decoder(states)
