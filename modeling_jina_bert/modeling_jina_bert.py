@@ -7,19 +7,14 @@ transformers builds the model on the meta device.
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
-    BaseModelOutput,
     BaseModelOutputWithPooling,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
@@ -31,19 +26,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .alibi import alibi_slopes
-from .attention import ATTENTION_FUNCTIONS, eager_attention
 from .checkpoints import PublishedCheckpointMixin
 from .chunking import EncodeChunksMixin
 from .configuration_jina_bert import JinaBertConfig
 from .encoding import EncodeMixin
+from .layers import JinaBertEmbeddings, JinaBertEncoder, JinaBertLayer, JinaBertPooler, JinaBertSelfAttention
+from .masked_lm_head import JinaBertLMPredictionHead, JinaBertOnlyMLMHead
 from .packing import Sequences
 
 logger = logging.getLogger(__name__)
-
-MLP_BLOCK_BYTES = 2**24
-"""Bytes of the widest intermediate of an MLP held at a time in inference on the CPU: about a last-level cache."""
-LOGITS_BLOCK = 512
-"""Labelled positions whose logits exist at a time in the training loss."""
 
 
 @functools.cache
@@ -59,191 +50,6 @@ def warn_if_emulated(dtype: torch.dtype, device: torch.device):
             "dtype=torch.float32, or call model.float().",
             dtype,
         )
-
-
-class JinaBertEmbeddings(nn.Module):
-    """Word and token-type embeddings, LayerNorm, dropout. No positions."""
-
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
-        if token_type_ids is None:
-            token_types = self.token_type_embeddings.weight[0]
-        else:
-            token_types = self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.LayerNorm(inputs_embeds + token_types))
-
-
-class JinaBertSelfAttention(nn.Module):
-    """Multi-head attention under the ALiBi bias; with `qk_post_norm`, LayerNorm over all of the projected q and k."""
-
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.config = config
-        self.head_size = config.hidden_size // config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        if config.qk_post_norm:
-            self.layer_norm_q = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.layer_norm_k = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(
-        self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
-        if self.config.qk_post_norm:
-            query, key = self.layer_norm_q(query), self.layer_norm_k(key)
-        query, key, value = (x.unflatten(-1, (-1, self.head_size)) for x in (query, key, value))
-        if sequences.cu_seqlens is not None and not sequences.is_flat:
-            query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # tokens, heads, head_size
-
-        # Only the eager path has probabilities to return, whatever the configured implementation is.
-        attention = (
-            eager_attention if output_attentions else ATTENTION_FUNCTIONS[self.config._attn_implementation or "eager"]
-        )
-        context, probabilities = attention(
-            query,
-            key,
-            value,
-            sequences,
-            scaling=self.head_size**-0.5,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-        )
-        return context.reshape(hidden_states.shape), probabilities
-
-
-class JinaBertSelfOutput(nn.Module):
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.dropout(self.dense(context)) + residual)
-
-
-class JinaBertAttention(nn.Module):
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.self = JinaBertSelfAttention(config)
-        self.output = JinaBertSelfOutput(config)
-
-    def forward(self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool) -> torch.Tensor:
-        context, _ = self.self(hidden_states, sequences, output_attentions)
-        return self.output(context, hidden_states)
-
-
-def _by_blocks_of_tokens(function: Callable, hidden_states: torch.Tensor, width: int) -> torch.Tensor:
-    """Applies a token-wise function to blocks whose `(tokens, width)` intermediate has `MLP_BLOCK_BYTES`.
-
-    In inference on the CPU only: the block stays in the cache between the passes over it, and the memory does not grow
-    with the batch. Elsewhere kernels are launched once.
-    """
-    if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function(hidden_states)
-    size = max(1, MLP_BLOCK_BYTES // (width * hidden_states.element_size()))
-    blocks = hidden_states.flatten(0, -2).split(size)
-    if len(blocks) == 1:
-        return function(hidden_states)
-    return torch.cat([function(block) for block in blocks]).view(hidden_states.shape)
-
-
-class JinaBertMLP(nn.Module):
-    """Gated linear unit of jina-bert-implementation: ``norm(wo(act(first half) * second half) + x)``."""
-
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.act = ACT2FN[config.hidden_act]
-        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _by_blocks_of_tokens(self._forward, hidden_states, self.gated_layers.out_features)
-
-    def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, linear = self.gated_layers(hidden_states).chunk(2, dim=-1)
-        return self.layernorm(self.wo(self.dropout(self.act(gate) * linear)) + hidden_states)
-
-
-class JinaBertPostNormMLP(nn.Module):
-    """Gated linear unit of jina-bert-v2-qk-post-norm: ``down(first half * act(second half))``, no residual inside."""
-
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.up_gated_layer = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.act = ACT2FN[config.hidden_act]
-        self.down_layer = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _by_blocks_of_tokens(self._forward, hidden_states, self.up_gated_layer.out_features)
-
-    def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        linear, gate = self.up_gated_layer(hidden_states).chunk(2, dim=-1)
-        return self.down_layer(self.dropout(linear * self.act(gate)))
-
-
-class JinaBertLayer(GradientCheckpointingLayer):
-    """Attention and MLP, post-LayerNorm; the arrangement of either published layout."""
-
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.qk_post_norm = config.qk_post_norm
-        self.attention = JinaBertAttention(config)
-        if config.qk_post_norm:
-            self.layer_norm_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.layer_norm_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = JinaBertPostNormMLP(config) if config.qk_post_norm else JinaBertMLP(config)
-
-    def forward(
-        self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool = False
-    ) -> torch.Tensor:
-        attended = self.attention(hidden_states, sequences, output_attentions)
-        if not self.qk_post_norm:
-            return self.mlp(attended)
-        # NOTE: the residual enters twice, inside `attention.output` and here; the published weights expect it.
-        attended = self.layer_norm_1(hidden_states + attended)
-        return self.layer_norm_2(attended + self.mlp(attended))
-
-
-class JinaBertEncoder(nn.Module):
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.layer = nn.ModuleList([JinaBertLayer(config) for _ in range(config.num_hidden_layers)])
-
-    def forward(
-        self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool = False
-    ) -> BaseModelOutput:
-        for layer in self.layer:
-            hidden_states = layer(hidden_states, sequences, output_attentions)
-        return BaseModelOutput(last_hidden_state=hidden_states)
-
-
-class JinaBertPooler(nn.Module):
-    """tanh(dense(first token)): the input of the classification heads, not the embedding (that is a masked mean)."""
-
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.dense(hidden_states[:, 0]))
 
 
 class JinaBertPreTrainedModel(PublishedCheckpointMixin, PreTrainedModel):
@@ -378,37 +184,6 @@ class JinaBertModel(EncodeMixin, EncodeChunksMixin, JinaBertPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
-class JinaBertPredictionHeadTransform(nn.Module):
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.act = ACT2FN[config.hidden_act]
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.act(self.dense(hidden_states)))
-
-
-class JinaBertLMPredictionHead(nn.Module):
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.transform = JinaBertPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.transform(hidden_states))
-
-
-class JinaBertOnlyMLMHead(nn.Module):
-    def __init__(self, config: JinaBertConfig):
-        super().__init__()
-        self.predictions = JinaBertLMPredictionHead(config)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.predictions(hidden_states)
-
-
 class JinaBertForMaskedLM(JinaBertPreTrainedModel):
     """Masked language modelling; the decoder shares the word embeddings."""
 
@@ -465,8 +240,9 @@ class JinaBertForMaskedLM(JinaBertPreTrainedModel):
             labelled = labels != -100
             hidden_states, labels = hidden_states[labelled], labels[labelled]
             if self.training:
+                count = max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch
                 return MaskedLMOutput(
-                    loss=self._loss_without_logits(hidden_states, labels, num_items_in_batch),
+                    loss=self.cls.predictions.summed_loss(hidden_states, labels) / count,
                     hidden_states=outputs.hidden_states,
                     attentions=outputs.attentions,
                 )
@@ -484,38 +260,6 @@ class JinaBertForMaskedLM(JinaBertPreTrainedModel):
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-    def _loss_without_logits(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        """Cross entropy of `(labelled, hidden)` states; logits and their gradient exist for `LOGITS_BLOCK` rows."""
-        predictions = self.cls.predictions
-        hidden_states = predictions.transform(hidden_states)
-        count = max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch
-        if hasattr(nn, "LinearCrossEntropyOptions"):
-            device = hidden_states.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-            half = dtype in (torch.bfloat16, torch.float16)
-            losses = nn.functional.linear_cross_entropy(
-                hidden_states.to(dtype),
-                predictions.decoder.weight.to(dtype),
-                labels,
-                linear_bias=predictions.decoder.bias.to(dtype),
-                # TRAP: a sum would come back in half precision, a loss of 10.3 as 10.25 or 10.31.
-                reduction="none" if half else "sum",
-                options=nn.LinearCrossEntropyOptions(
-                    batch_chunk_size=LOGITS_BLOCK, acc_policy="balanced" if half else "auto"
-                ),
-            )
-            return (losses.float().sum() if half else losses) / count
-
-        def block(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            logits = predictions.decoder(states)
-            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return nn.functional.cross_entropy(scores, targets, reduction="sum")
-
-        blocks = zip(hidden_states.split(LOGITS_BLOCK), labels.split(LOGITS_BLOCK), strict=True)
-        return sum(checkpoint(block, *pair, use_reentrant=False) for pair in blocks) / count
 
 
 class JinaBertForSequenceClassification(JinaBertPreTrainedModel):
