@@ -71,6 +71,7 @@ class BM25:
             "b": index.b,
             "stopwords": _STOPWORDS,
             "stemmer": None,
+            "similarity": "of two sentences, by the scores of each for itself",
         }
 
     def rank(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[list[dict[int, float]], int]:
@@ -101,8 +102,36 @@ class BM25:
         ]
         return runs, 0
 
-    def similarity(self, first: Sequence[str], second: Sequence[str]) -> None:
-        """None: BM25 scores depend on a corpus, a pair of sentences has none."""
+    def similarity(self, first: Sequence[str], second: Sequence[str]) -> np.ndarray:
+        """What two sentences share: the scores of each for the other, over those of each for itself.
+
+        The corpus, for the weights of the words, are the sentences of all pairs.
+
+        Args:
+            first: Texts, empty ones included.
+            second: The other text of each pair.
+
+        Returns:
+            `(pairs,) float32`, from 0 where no word is shared to about 1 for the same words.
+        """
+        texts = {text: number for number, text in enumerate(dict.fromkeys([*first, *second]))}
+        tokens = bm25s.tokenize(list(texts), stopwords=_STOPWORDS, show_progress=False, return_ids=False)
+        if not any(tokens):
+            return np.zeros(len(first), np.float32)
+        index = bm25s.BM25()
+        index.index(tokens, show_progress=False)
+        pairs = [(texts[a], texts[b]) for a, b in zip(first, second, strict=True)]
+        wanted = defaultdict(set)
+        for pair in pairs:
+            for number in pair:
+                wanted[number].update(pair)
+        found = {}
+        for number, others in wanted.items():
+            row = index.get_scores(tokens[number]) if tokens[number] else np.zeros(len(texts))
+            found.update({(number, other): float(row[other]) for other in others})
+        shared = np.array([found[a, b] + found[b, a] for a, b in pairs])
+        own = np.array([found[a, a] + found[b, b] for a, b in pairs])
+        return np.divide(shared, own, out=np.zeros_like(own), where=own > 0).astype(np.float32)
 
     def vectors(self, texts: Sequence[str]) -> None:
         """None: BM25 has no vectors."""

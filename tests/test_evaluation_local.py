@@ -132,7 +132,7 @@ def test_the_command_writes_records_and_tables(data, model_folder, tmp_path, cap
     assert "--max-length 8" in model["command"]
     assert model["versions"]["torch"] == torch.__version__
     assert -1 <= records[2]["metrics"]["spearman"] <= 1
-    assert records[3]["metrics"]["spearman"] is None
+    assert records[3]["metrics"]["spearman"] is None  # no two of these sentences share a word
     header, rows = table_rows(records)
     assert header[3:] == [f"{model_folder} (8 tokens)", "bm25"]
     assert len(rows) == 5 + 2 + 5

@@ -74,6 +74,18 @@ def test_bm25_on_the_toy_set(data):
     assert BM25().rank(["salt"], ["", ""], k=100)[0] == [{}]
 
 
+def test_bm25_of_two_sentences_is_what_they_share():
+    first = ["the cat sat", "a dog", "", "salt and bread", "salt and bread"]
+    second = ["a cat ran", "one bird", "bread", "bread and salt", "bread and wine"]
+    found = BM25().similarity(first, second)
+    assert found[[1, 2]].tolist() == [0, 0]
+    assert found[3] == pytest.approx(1)
+    assert 0 < found[0] < 1
+    assert 0 < found[4] < 1
+    np.testing.assert_allclose(BM25().similarity(second, first), found, rtol=1e-6)
+    assert BM25().similarity(["", "the"], ["a", ""]).tolist() == [0, 0]
+
+
 def test_the_measures_have_labels():
     assert set(retrieval_scores({}, {"q": {"d": 1}})) == set(TASK_MEASURES["retrieval"])
     assert {name for names in TASK_MEASURES.values() for name in names} == set(MEASURES)
