@@ -114,7 +114,7 @@ def systems(checkouts: list[str]) -> list[System]:
     found = [System("ours", _HERE, "float32"), System("ours, bfloat16", _HERE, "bfloat16")]
     for text in checkouts:
         name, _, folder = text.partition("=")
-        if not name or not (Path(folder) / "modeling_jina_bert" / "modeling_jina_bert.py").is_file():
+        if not (name and folder) or not (Path(folder) / "modeling_jina_bert" / "modeling_jina_bert.py").is_file():
             raise BenchmarkError(f"--checkout {text}: not NAME=FOLDER with a modeling_jina_bert in the folder.")
         found.append(System(name, Path(folder).resolve(), "float32"))
     return found

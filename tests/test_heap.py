@@ -1,4 +1,4 @@
-"""A training process on the CPU does not grow by what it has freed."""
+"""A training process on the CPU keeps what a step has freed for the next one, and does not grow by it."""
 
 import json
 import subprocess
@@ -44,3 +44,33 @@ def test_freed_blocks_between_live_ones_go_back_to_the_system(tmp_path):
     held, freed, trimmed = json.loads(run.stdout.splitlines()[-1])
     assert freed > held - 40, "freeing alone gives it back: nothing is shown here"
     assert trimmed < held - 250
+
+
+KEPT = """
+import json, resource
+import torch
+from training.heap import keep_freed_memory
+
+def faults(rounds):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        torch.ones(2**24).add_(1)  # 64 MiB, more than glibc ever keeps in its heap by itself
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / rounds
+
+faults(2)
+before = faults(5)
+able = keep_freed_memory()
+faults(2)
+print(json.dumps([able, before, faults(5)]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the heap of glibc")
+def test_large_blocks_are_not_asked_for_anew():
+    run = subprocess.run(
+        [sys.executable, "-c", KEPT], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=300
+    )
+    able, before, after = json.loads(run.stdout.splitlines()[-1])
+    if not able:
+        pytest.skip("a C library without mallopt")
+    assert before > 10 * (after + 1)
