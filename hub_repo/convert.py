@@ -24,17 +24,17 @@ from safetensors.torch import save_file
 
 from modeling_jina_bert import JinaBertConfig, JinaBertModel
 
-from . import checkpoint_files as files
-from .checkpoint_files import FolderError, StoredTensor
-from .folder_files import official_config, sentence_transformers_files, write_code, write_json
-from .layouts import PREFIX, compare, read_config
-from .loading import quiet_transformers
-from .parity import MIXED_LENGTHS, check_batches, torch_embeddings
-from .staging import staged
+from .folders import checkpoint_files as files
+from .folders.checkpoint_files import FolderError, StoredTensor
+from .folders.folder_files import official_config, sentence_transformers_files, write_code, write_json
+from .folders.layouts import PREFIX, compare, read_config
+from .folders.loading import quiet_transformers
+from .folders.staging import staged
+from .formats.parity import MIXED_LENGTHS, check_batches, torch_embeddings
+from .hub.snapshot import fetch
 
 logger = logging.getLogger(__name__)
 TARGETS = ("ours", "official")
-_FETCHED = ("*.json", "*.safetensors", "*.txt", "*.md", "LICENSE*")
 _CARRIED = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
@@ -152,28 +152,6 @@ def convert(
             raise RuntimeError(f"{output} would not compute what {folder} does: embeddings differ by {difference}.")
     layout = "B" if config.qk_post_norm else "A"
     return ConversionReport(folder, output, target, layout, changes, fields, tuple(notes), difference)
-
-
-def fetch(source: str | Path, revision: str | None = None) -> Path:
-    """A folder with the files of a folder or Hub repository; of the latter without what no conversion reads.
-
-    Raises:
-        FolderError: There is no such folder or repository, or the Hub cannot be reached.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    if len(Path(source).parts) != 2 or Path(source).is_absolute():
-        raise FolderError(f"{source} is neither a folder nor the name of a Hub repository.")
-    try:
-        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_FETCHED)))
-        if not any((folder / name).exists() for name in (files.WEIGHTS, files.INDEX)):
-            snapshot_download(str(source), revision=revision, allow_patterns=["pytorch_model*.bin"])
-        return folder
-    except Exception as error:  # the Hub client has many
-        message = " ".join(str(error).split())[:300]
-        raise FolderError(f"{source} cannot be fetched from the Hub: {type(error).__name__}: {message}") from None
 
 
 def plan(

@@ -24,13 +24,13 @@ from transformers import AutoTokenizer
 
 from modeling_jina_bert import JinaBertModel
 
-from . import gguf_export, onnx_export, openvino_export, tei
-from .checkpoint_files import DTYPE_NAMES, WEIGHTS, FolderError
-from .folder_files import code_files, sentence_transformers_files, write_code, write_json, write_tokenizer
-from .loading import CHECK_TEXTS, load_in_fresh_process, quiet_transformers, smallest_cosine
-from .parity import Agreement
+from .folders.checkpoint_files import DTYPE_NAMES, WEIGHTS, FolderError
+from .folders.folder_files import code_files, sentence_transformers_files, write_code, write_json, write_tokenizer
+from .folders.loading import CHECK_TEXTS, load_in_fresh_process, quiet_transformers, smallest_cosine
+from .folders.staging import WEIGHTS_OF_A_FOLDER, staged
+from .formats import gguf_export, onnx_export, openvino_export, tei
+from .formats.parity import Agreement
 from .requirements import require
-from .staging import WEIGHTS_OF_A_FOLDER, staged
 
 _SMALLEST_COSINE = {"float32": 0.999999, "float16": 0.9999, "bfloat16": 0.999}
 """Between the float32 checkpoint and the folder, by the dtype that the weights are rounded to."""

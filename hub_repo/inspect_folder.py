@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 from modeling_jina_bert import JinaBertConfig
 
-from . import checkpoint_files as files
-from .checkpoint_files import FolderError, StoredTensor
-from .folder_files import OFFICIAL_CODE, code_files
-from .layouts import compare, read_config
-from .outline import outlined
+from .folders import checkpoint_files as files
+from .folders.checkpoint_files import FolderError, StoredTensor
+from .folders.folder_files import OFFICIAL_CODE, code_files
+from .folders.layouts import compare, read_config
+from .hub.outline import outlined
 
 Kind = Literal["ours", "official", "plain BERT", "adapter", "another model", "unknown"]
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

@@ -24,10 +24,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from .loading import quiet_transformers
+from .folders.loading import quiet_transformers
+from .hub.publishable import Limits, LocalFile, UnpublishableFolder, scan
+from .hub.remote import MAIN, Published, PushError, Remote, Repository, Retries
 from .model_card import check_card
-from .publishable import Limits, LocalFile, UnpublishableFolder, scan
-from .remote import MAIN, Published, PushError, Remote, Repository, Retries
 from .verify import verify_folder
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .cli_model import Encoding
-from .embedding_io import DTYPES
-from .loading import quiet_transformers
-from .parquet_parts import PART_ROWS, one_line
-from .part_embedding import Job, Outcome, PartEmbedder, Settings, finish, open_output, plan
+from .corpus.parquet_parts import PART_ROWS, one_line
+from .corpus.part_embedding import Job, Outcome, PartEmbedder, Settings, finish, open_output, plan
+from .embedding.model_folder import Encoding
+from .embedding.vector_files import DTYPES
+from .folders.loading import quiet_transformers
 from .requirements import require
 
 _BLOCKS = 2000

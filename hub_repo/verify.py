@@ -18,12 +18,12 @@ from tokenizers import Tokenizer
 
 from modeling_jina_bert import JinaBertConfig, JinaBertModel
 
-from . import checkpoint_files as files
-from .checkpoint_files import FolderError, StoredTensor
-from .code_checks import CodeFile, code_findings, code_of
-from .findings import Finding, Report
-from .layouts import compare, read_config
-from .loading import CHECK_TEXTS, load_in_fresh_process, quiet_transformers, smallest_cosine
+from .folders import checkpoint_files as files
+from .folders.checkpoint_files import FolderError, StoredTensor
+from .folders.code_checks import CodeFile, code_findings, code_of
+from .folders.findings import Finding, Report
+from .folders.layouts import compare, read_config
+from .folders.loading import CHECK_TEXTS, load_in_fresh_process, quiet_transformers, smallest_cosine
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # protocols 2 to 5

@@ -13,8 +13,8 @@ import zstandard
 from conftest import REPOSITORY, SHIPPED
 from typer.testing import CliRunner
 
-from hub_repo import cli_model
 from hub_repo.cli import application
+from hub_repo.embedding import model_folder
 from modeling_jina_bert import JinaBertModel
 
 TEXTS = ["Berlin is in Germany.", "", 'a "quoted", text', "naïve Ωμέγα 漢字", "U+2028\u2028inside", " two  spaces "]
@@ -26,7 +26,7 @@ LIBRARY = REPOSITORY / "evaluation" / "demo_library"
 def loaded_once():
     """The model of a folder is loaded by the first command that wants it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli_model, "load_model", functools.cache(cli_model.load_model))
+        patch.setattr(model_folder, "load_model", functools.cache(model_folder.load_model))
         patch.setenv("JINA_BERT_MODEL", str(SHIPPED))
         yield
 

@@ -40,9 +40,9 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hub_repo.embedding_io import Embeddings, Layout
-from hub_repo.embedding_parts import Parts, PartsError, Result, batches
-from hub_repo.text_input import InputError, Reading, Row, TextInput
+from hub_repo.embedding.parts import Parts, PartsError, Result, batches
+from hub_repo.embedding.text_input import InputError, Reading, Row, TextInput
+from hub_repo.embedding.vector_files import Embeddings, Layout
 from modeling_jina_bert import JinaBertModel
 
 

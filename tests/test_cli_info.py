@@ -21,7 +21,7 @@ from hub_state import Blob, Fault, Repo
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from hub_repo import outline
+from hub_repo.hub import outline
 from hub_repo.inspect_folder import inspect_folder, inspect_repository, main
 
 WEIGHTS = "model.safetensors"

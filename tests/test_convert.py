@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hub_repo.checkpoint_files import FolderError
 from hub_repo.convert import convert, main
+from hub_repo.folders.checkpoint_files import FolderError
 from modeling_jina_bert import JinaBertForMaskedLM, JinaBertForSequenceClassification, JinaBertModel
 from modeling_jina_bert.configuration_jina_bert import AUTO_MAP
 

@@ -19,11 +19,12 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from hub_repo import engines
-from hub_repo.client_engines import CLIENTS, client_rows
-from hub_repo.engine_environments import FASTEMBED, Environment, prepared, python_of
-from hub_repo.engine_measure import TOKENS_PER_CALL, Settings, Subject, speeds, timed_batch, timed_texts, torch_engine
-from hub_repo.engine_rows import (
+from hub_repo.engines import comparison
+from hub_repo.engines.clients import CLIENTS, client_rows
+from hub_repo.engines.environments import FASTEMBED, Environment, prepared, python_of
+from hub_repo.engines.measure import TOKENS_PER_CALL, Settings, Subject, speeds, timed_batch, timed_texts, torch_engine
+from hub_repo.engines.node import node_rows
+from hub_repo.engines.rows import (
     RUNGS,
     Check,
     Missing,
@@ -36,8 +37,7 @@ from hub_repo.engine_rows import (
     tokenized,
     whole_words,
 )
-from hub_repo.node_engines import node_rows
-from hub_repo.parity import Tolerance, check_batches, disturbed, torch_embeddings
+from hub_repo.formats.parity import Tolerance, check_batches, disturbed, torch_embeddings
 from modeling_jina_bert import JinaBertModel
 
 STRICT = Tolerance(1e-5, 0.999999)
@@ -121,13 +121,13 @@ def test_resuming_keeps_what_the_same_settings_measured(check, model, tmp_path):
     same = {"model": "m", "lengths": [16], "rounds": 1, "threads": 1}
     row = check.row("torch, float32", "2", 1, [torch_embeddings(model, x) for x in check.batches], STRICT)
     row.speed, row.relative = {16: 2.0}, {16: 1.0}
-    engines.Report("command", "machine", same, [row], [Missing("LangChain", "no network")]).save(tmp_path)
+    comparison.Report("command", "machine", same, [row], [Missing("LangChain", "no network")]).save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["engines.json"]
-    again = engines.Report("command", "machine", same)
+    again = comparison.Report("command", "machine", same)
     again.resume(tmp_path)
     assert (again.rows, again.missing) == ([row], [])  # what was missing is tried again
     assert "| torch, float32 |" in again.markdown()
-    other = engines.Report("command", "machine", same | {"lengths": [32]})
+    other = comparison.Report("command", "machine", same | {"lengths": [32]})
     other.resume(tmp_path)
     assert other.rows == []
 
@@ -158,7 +158,7 @@ def test_an_environment_that_fails_is_a_reason(subject, tmp_path, monkeypatch):
     assert all("npm install" in row.reason for row in rows)
     (tmp_path / "fastembed").mkdir()
     (tmp_path / "fastembed" / "requirements.txt").write_text(FASTEMBED.stamp)
-    monkeypatch.setattr("hub_repo.client_engines.CLIENTS", CLIENTS[:1])
+    monkeypatch.setattr("hub_repo.engines.clients.CLIENTS", CLIENTS[:1])
     (row,) = client_rows(subject, Settings(environments=tmp_path))
     assert "is not there: remove its folder" in row.reason
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -196,12 +196,12 @@ def test_environments_are_whole_or_made_anew(tmp_path, monkeypatch):
 
 def test_bad_arguments_are_one_line(tmp_path, capsys):
     arguments = ["--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]
-    assert engines.main(arguments) == 2
+    assert comparison.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "nowhere" in error
     with pytest.raises(SystemExit):
-        engines.main([*arguments, "--lengths", "1"])
+        comparison.main([*arguments, "--lengths", "1"])
     assert "lengths are at least 2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -213,7 +213,7 @@ def test_every_engine_gives_the_vectors_of_torch(tmp_path):
     if not environments:
         pytest.skip("ENGINES names no folder to install the engines into")
     arguments = ["--model", GOLDEN / "A-small4h", "--output", tmp_path, "--environments", environments]
-    assert engines.main([str(x) for x in (*arguments, "--lengths", 16, 129, "--rounds", 1)]) == 0
+    assert comparison.main([str(x) for x in (*arguments, "--lengths", 16, 129, "--rounds", 1)]) == 0
     report = json.loads((tmp_path / "engines.json").read_text())
     assert report["missing"] == []
     rows = {row["engine"]: row for row in report["rows"]}

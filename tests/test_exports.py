@@ -19,14 +19,15 @@ import torch
 from conftest import GOLDEN, tiny_config
 from safetensors.torch import load_file
 
-from hub_repo import engines, gguf_export, onnx_export, onnx_graph, openvino_export, tei
 from hub_repo import export as export_module
-from hub_repo.checkpoint_files import FolderError
+from hub_repo.engines import comparison
+from hub_repo.engines.node import run_llama_cpp
 from hub_repo.export import Formats, export_formats, main
-from hub_repo.node_engines import run_llama_cpp
-from hub_repo.parity import Tolerance, check_batches, check_engine, disturbed, torch_embeddings
+from hub_repo.folders.checkpoint_files import FolderError
+from hub_repo.folders.staging import staged
+from hub_repo.formats import gguf_export, onnx_export, onnx_graph, openvino_export, tei
+from hub_repo.formats.parity import Tolerance, check_batches, check_engine, disturbed, torch_embeddings
 from hub_repo.requirements import require
-from hub_repo.staging import staged
 from modeling_jina_bert import JinaBertModel
 
 EXTRA = "pip install 'modeling-jina-bert[export]'"
@@ -296,7 +297,7 @@ def test_the_table_of_engines(tmp_path, capsys):
     for package in ("onnx", "onnxruntime", "openvino", "gguf"):
         pytest.importorskip(package, reason=EXTRA)
     arguments = ["--model", GOLDEN / "A-small4h", "--output", tmp_path, "--lengths", 16, 129, "--rounds", 1]
-    assert engines.main([str(argument) for argument in arguments]) == 0
+    assert comparison.main([str(argument) for argument in arguments]) == 0
     rows = {row["engine"]: row for row in json.loads((tmp_path / "engines.json").read_text())["rows"]}
     assert len(rows) == 7
     assert rows["torch, float32"]["error"] == 0

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hub_repo.checkpoint_files import FolderError, stored_tensors
-from hub_repo.code_checks import code_findings
+from hub_repo.folders.checkpoint_files import FolderError, stored_tensors
+from hub_repo.folders.code_checks import code_findings
 from hub_repo.inspect_folder import inspect_folder, inspect_repository
 from modeling_jina_bert import JinaBertModel
 

@@ -9,7 +9,7 @@ import torch
 from conftest import REPOSITORY
 from safetensors.torch import save_file
 
-from hub_repo.publishable import Limits, UnpublishableFolder, scan
+from hub_repo.hub.publishable import Limits, UnpublishableFolder, scan
 
 LIMITS = Limits(file_bytes=2_000_000, text_bytes=800_000)
 TOKEN = "a-token-of-no-known-form"

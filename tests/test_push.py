@@ -23,7 +23,7 @@ from hub_state import Blob, Fault
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from hub_repo.folder_files import sentence_transformers_files, write_code, write_json, write_tokenizer
+from hub_repo.folders.folder_files import sentence_transformers_files, write_code, write_json, write_tokenizer
 from hub_repo.push import PushError, Retries, describe, main, push
 from modeling_jina_bert import JinaBertModel
 

@@ -24,10 +24,10 @@ import pytest
 import torch
 from conftest import REPOSITORY, SHIPPED
 
-from hub_repo import parquet_parts as pp
-from hub_repo import part_embedding as pe
-from hub_repo.cli_model import Encoding
-from hub_repo.part_embedding import JobError, PartEmbedder, Settings
+from hub_repo.corpus import parquet_parts as pp
+from hub_repo.corpus import part_embedding as pe
+from hub_repo.corpus.part_embedding import JobError, PartEmbedder, Settings
+from hub_repo.embedding.model_folder import Encoding
 from modeling_jina_bert import JinaBertModel
 
 SETTINGS = Settings(str(SHIPPED), Encoding(device="cpu"), part_rows=3)

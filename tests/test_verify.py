@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from hub_repo import inspect_folder as info_module
-from hub_repo.code_checks import code_of
 from hub_repo.convert import convert
-from hub_repo.folder_files import code_files
+from hub_repo.folders.code_checks import code_of
+from hub_repo.folders.folder_files import code_files
+from hub_repo.folders.loading import CHECK_TEXTS, smallest_cosine
 from hub_repo.inspect_folder import inspect_folder
-from hub_repo.loading import CHECK_TEXTS, smallest_cosine
 from hub_repo.verify import main, verify_folder
 from modeling_jina_bert import JinaBertForMaskedLM, JinaBertModel
 
@@ -290,6 +290,6 @@ def test_info_reads_no_tensor_and_runs_no_code(folder, tmp_path, monkeypatch):
     mark = tmp_path / "it ran"
     for path in folder.glob("*.py"):
         path.write_text(MARK.format(str(mark)))
-    monkeypatch.setattr("hub_repo.checkpoint_files.read_tensors", None)
+    monkeypatch.setattr("hub_repo.folders.checkpoint_files.read_tensors", None)
     assert inspect_folder(folder).loads
     assert not mark.exists()

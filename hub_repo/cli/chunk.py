@@ -1,0 +1,79 @@
+"""`jina-bert chunk`: late chunking, a vector for each sentence or run of tokens, read in the context of its text."""
+
+from typing import Annotated
+
+import typer
+
+from ..embedding.model_folder import Encoding, ModelFolder
+from ..embedding.text_input import Reading
+from . import options
+from .run import Writing, open_input, write
+
+EXAMPLE = """Examples:
+
+    jina-bert chunk --model hub_repo/tiny book.txt -o book.parquet
+
+    jina-bert chunk --model hub_repo/tiny --by 128 articles.jsonl --column body -o articles.jsonl
+"""
+
+By = Annotated[str, typer.Option("--by", help='"sentences", or a number of tokens.')]
+Overlap = Annotated[
+    int, typer.Option(min=0, help="Tokens that a window repeats of the one before, in texts of several windows.")
+]
+_PART_ROWS = 64
+
+
+def chunks_of(by: str) -> str | int:
+    """What `--by` says.
+
+    Raises:
+        ValueError: Neither "sentences" nor a positive number.
+    """
+    if by == "sentences":
+        return by
+    if by.isdecimal() and int(by):
+        return int(by)
+    raise ValueError(f"--by {by}: give sentences, or a number of tokens.")
+
+
+def chunk(
+    model: options.Model,
+    files: options.Files = None,
+    output: options.Output = None,
+    by: By = "sentences",
+    column: options.Column = "text",
+    id_column: options.IdColumn = None,
+    format_: options.InputFormat = None,
+    whole_files: options.Whole = True,
+    lenient: options.Lenient = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens that are read together; longer texts in overlapping windows. The model's by default."
+        ),
+    ] = None,
+    overlap: Overlap = 256,
+    normalize: Annotated[bool, typer.Option(help="Scale vectors to length 1.")] = True,
+    truncate_dim: options.TruncateDim = None,
+    dtype: options.VectorDtype = options.Numbers.float32,
+    model_dtype: options.ModelDtype = None,
+    device: options.Device = None,
+    part_rows: options.PartRows = _PART_ROWS,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+):
+    """Embed the chunks of texts, each in the context of its whole text (late chunking).
+
+    A row is a chunk: file, row (number of the text in the file), id, chunk (from 0), start and end (its characters in
+    the text), text, embedding. Without FILES, the standard input. A text file is one text; a text without a word has
+    no chunk.
+    """
+    encoding = Encoding(
+        device, model_dtype and model_dtype.value, max_length=max_length, normalize=normalize,
+        truncate_dim=truncate_dim, chunks=chunks_of(by), overlap=overlap,
+    )  # fmt: skip
+    how = Writing(output, dtype.value, part_rows, resume, overwrite, quiet)
+    source = open_input(files, None, Reading(format_ and format_.value, column, id_column, whole_files, lenient))
+    columns = ("file", "row", *(("id",) if id_column else ()), "chunk", "start", "end", "text")
+    write(source, ModelFolder(model, encoding), columns, how)

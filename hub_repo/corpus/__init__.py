@@ -1,0 +1,1 @@
+"""A corpus of parquet files in parts, each made once whatever engine gives them out: Ray or Spark."""

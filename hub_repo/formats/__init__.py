@@ -1,0 +1,1 @@
+"""The files of other engines, each checked in its engine against torch."""
