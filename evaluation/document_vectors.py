@@ -11,16 +11,14 @@ COST: `whole` embeds a document once for each length, `mean` and `best` together
 vectors of one way are in memory, and of a sentence-transformers model `CACHE_BYTES` of `evaluation.systems` more.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from modeling_jina_bert import JinaBertModel
+from modeling_jina_bert import JinaBertModel, count_truncations
 
 from .late_chunking import Document, cut, weights_sha256
 from .sets import EvaluationError
@@ -80,21 +78,6 @@ class Reader(Protocol):
         """For each text `(spans, hidden) float32` of length 1; each span of characters holds a token."""
 
 
-@contextmanager
-def truncation_meant() -> Iterator[None]:
-    """Within it a JinaBERT does not warn that it truncated texts; whatever else it has to say it says."""
-    logger = logging.getLogger("modeling_jina_bert.encoding")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "were truncated" not in str(record.msg)
-
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
-
-
 class JinaReader:
     """A JinaBERT: reads any number of tokens, and chunks within their document."""
 
@@ -119,7 +102,7 @@ class JinaReader:
     def whole(self, texts: Sequence[str], tokens: int | None) -> np.ndarray:
         if tokens is None:
             return self.model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
-        with truncation_meant():
+        with count_truncations():  # meant, so nothing is said
             return self.model.encode(
                 list(texts), normalize_embeddings=True, show_progress_bar=False, max_length=tokens
             )

@@ -19,7 +19,7 @@ from transformers import (
 from .alibi import alibi_bias, alibi_hankel, alibi_slopes
 from .chunking import Chunk, sentence_spans
 from .configuration_jina_bert import JinaBertConfig
-from .encoding import mean_pooling
+from .encoding import count_truncations, mean_pooling
 from .modeling_jina_bert import (
     JinaBertForMaskedLM,
     JinaBertForMultipleChoice,
@@ -62,6 +62,7 @@ __all__ = [
     "alibi_hankel",
     "alibi_slopes",
     "count_scores",
+    "count_truncations",
     "mean_pooling",
     "sentence_spans",
 ]

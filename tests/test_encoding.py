@@ -2,13 +2,14 @@
 
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
 
-from modeling_jina_bert import JinaBertModel
+from modeling_jina_bert import JinaBertModel, count_truncations
 from modeling_jina_bert.encoding import token_budget_batches
 
 TEXTS = ["short", "", "a few more words here", "word " * 600, "x", "the same text", "the same text", "word " * 50]
@@ -97,6 +98,18 @@ def test_token_embeddings_have_no_padding(model):
     found = model.encode(TEXTS[:3], output_value="token_embeddings")
     assert [len(x) for x in found] == [3, 2, 7]
     np.testing.assert_allclose(found[2].mean(0).numpy(), model.encode(TEXTS[2]), atol=1e-6)
+
+
+def test_truncations_are_counted_in_place_of_the_warning(model, caplog):
+    with count_truncations() as outer:
+        model.encode("word " * 20, max_length=12)
+        with count_truncations() as inner:
+            model.encode(["short", "word " * 20, "word " * 30], max_length=12)
+        assert (inner.texts, inner.tokens) == (2, (22 - 12) + (32 - 12))
+        with ThreadPoolExecutor(1) as pool:  # another thread is not counted here, and has its warning
+            pool.submit(model.encode, "word " * 20, max_length=12).result()
+    assert (outer.texts, outer.tokens) == (3, 40)
+    assert caplog.text.count("were truncated") == 1
 
 
 def test_truncation_is_documented_and_said_once(model, caplog):

@@ -5,7 +5,6 @@ weights and tokenizer, so a renamed folder is the same model and one that was tr
 """
 
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,9 +139,11 @@ def _sha256(folder: Path, weights: Sequence[str]) -> str:
 
 
 def _embed_texts(model, rows: list[Row], encoding: Encoding, layout: Layout) -> Result:
+    from modeling_jina_bert import count_truncations
+
     limit = {"truncation": False} if not encoding.truncation else {}
     limit |= {"max_length": encoding.max_length} if encoding.max_length is not None else {}
-    with _Truncations() as cut:
+    with count_truncations() as cut:
         vectors = model.encode(
             [row.text for row in rows],
             batch_size=encoding.batch_size,
@@ -189,32 +190,3 @@ def _stored(vectors: np.ndarray, rows: Sequence[Row], layout: Layout) -> np.ndar
             f"{rows[bad[0]]}: its vector is not finite in {layout.dtype}; the weights are damaged, or overflow there."
         )
     return vectors
-
-
-class _Truncations(logging.Filter):
-    """Counts what `encode` says it truncated, and keeps it from saying so for each part."""
-
-    def __init__(self):
-        super().__init__()
-        self.texts = self.tokens = 0
-        self._logger = logging.getLogger("modeling_jina_bert.encoding")
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if "were truncated" not in record.msg:
-            return True
-        texts, _, _, tokens = record.args
-        self.texts, self.tokens = self.texts + texts, self.tokens + tokens
-        return False
-
-    def __enter__(self):
-        # Who silenced the logger, by its level or by a configuration that disables loggers, wants no line; we count.
-        self._before = self._logger.level, self._logger.disabled
-        self._logger.setLevel(logging.WARNING)
-        self._logger.disabled = False
-        self._logger.addFilter(self)
-        return self
-
-    def __exit__(self, *_):
-        self._logger.removeFilter(self)
-        level, self._logger.disabled = self._before
-        self._logger.setLevel(level)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,40 @@ def token_budget_batches(lengths: Sequence[int], *, batch_size: int, max_tokens:
         yield batch
 
 
+@dataclass
+class TruncationCount:
+    """What the calls of `encode` inside `count_truncations` have cut off.
+
+    Attributes:
+        texts: Texts that were longer than the maximum length.
+        tokens: Their tokens beyond it, which are not embedded.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+
+
+_truncations: ContextVar[tuple[TruncationCount, ...]] = ContextVar("truncations", default=())
+
+
+@contextmanager
+def count_truncations() -> Iterator[TruncationCount]:
+    """Counts what `encode` truncates inside the block, in this thread, in place of its warning.
+
+    Example:
+        >>> with count_truncations() as count:
+        ...     pass
+        >>> count
+        TruncationCount(texts=0, tokens=0)
+    """
+    count = TruncationCount()
+    token = _truncations.set((*_truncations.get(), count))
+    try:
+        yield count
+    finally:
+        _truncations.reset(token)
+
+
 _PreTrainedModel: Any = object  # what this is mixed into; Any for the type checker
 
 
@@ -122,8 +157,8 @@ class EncodeMixin(_PreTrainedModel):
             truncate_dim: Keep the first dimensions only.
             max_tokens_per_batch: Tokens of a batch at most; a longer text is a batch of its own.
             **tokenizer_kwargs: For the tokenizer. `max_length` is the tokenizer's `model_max_length` (8192 in the
-                released models) by default; texts beyond are truncated with one warning, or embedded whole under
-                `truncation=False`.
+                released models) by default; texts beyond are truncated with one warning (or counted, see
+                `count_truncations`), or embedded whole under `truncation=False`.
 
         Returns:
             `(texts, hidden) float32`, `(hidden,)` for a single text. For "token_embeddings" a list of `(length,
@@ -201,7 +236,7 @@ class EncodeMixin(_PreTrainedModel):
         show_progress_bar: bool | None,
         tokenizer_kwargs: dict[str, Any],
     ) -> list[torch.Tensor]:
-        """Results in the order of the texts, window after window; says once what truncation took."""
+        """Results in the order of the texts, window after window; says once, or counts, what truncation took."""
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
         tokenize = self._tokenize_function(**tokenizer_kwargs)
@@ -215,7 +250,10 @@ class EncodeMixin(_PreTrainedModel):
                 results += self._encode_window(
                     window, output_value, batch_size=batch_size, max_tokens=max_tokens, progress_bar=progress_bar
                 )
-        if cut_texts:
+        counts = _truncations.get()
+        for count in counts:
+            count.texts, count.tokens = count.texts + cut_texts, count.tokens + cut_tokens
+        if cut_texts and not counts:
             logger.warning(
                 "%d of %d texts are longer than max_length=%d tokens and were truncated; %d tokens are not embedded. "
                 "Pass a larger max_length, or truncation=False, to embed them whole.",
