@@ -1,10 +1,11 @@
 """Which rows make the batches of stages II and III.
 
-Laws: a batch, over all processes together, has rows of one source and holds no text twice (a duplicate would be a
-false negative). Its source is drawn with probability size times weight. Batches are a function of the seed alone, and
-who has the place of a batch goes on from it without reading what came before.
+Laws: a batch, over all processes together, has rows of one source, and no anchor or positive of a row stands a second
+time in it, in whatever column (it would be a false negative of its own row). Hard negatives may: one that several rows
+share is a negative of all of them. A batch's source is drawn with probability size times weight. Batches are a function
+of the seed alone, and who has the place of a batch goes on from it without reading what came before.
 
-A source is read in passes, each in a random order of its own. A row that shares a text with the batch is kept for the
+A source is read in passes, each in a random order of its own. A row that would break that is kept for the
 next batches; what is left of a pass and makes no batch is left out of this pass.
 
 COST: 4 bytes a row of a source that is being read, for the order of its pass; every process looks at the texts of the
@@ -34,7 +35,7 @@ class Cursor:
     Attributes:
         visit: Passes over it that were finished.
         next: Rows of the running pass that were looked at.
-        kept: Rows that shared a text with the batches they were looked at for; the first of the next batch.
+        kept: Rows that did not fit the batches they were looked at for; the first of the next batch.
     """
 
     visit: int = 0
@@ -68,7 +69,7 @@ class SourceBatches:
         place: Where to go on; None begins.
 
     Raises:
-        RecipeError: A source too small, or with too many texts in common, for a batch.
+        RecipeError: A source too small, or with too many anchors and positives in common, for a batch.
     """
 
     def __init__(
@@ -125,9 +126,9 @@ class SourceBatches:
             if not batch.missing:
                 return batch.rows, Cursor(visit, start, batch.kept[: _KEPT * self.size])
         raise RecipeError(
-            f"source {self.names[source]}: a batch needs {self.size} rows without a text in common, and its "
-            f"{len(self._texts[source])} rows gave {len(batch.rows)}; lower training.per_device_train_batch_size, or "
-            "leave the source out."
+            f"source {self.names[source]}: a batch needs {self.size} rows with anchors and positives of their own, and "
+            f"its {len(self._texts[source])} rows gave {len(batch.rows)}; lower "
+            "training.per_device_train_batch_size, or leave the source out."
         )
 
     def _order(self, source: int, visit: int) -> np.ndarray:
@@ -145,18 +146,22 @@ class SourceBatches:
 
 
 class _Batch:
-    """A batch being filled with rows that have no text in common."""
+    """A batch being filled with rows whose anchors and positives stand in it once."""
 
     def __init__(self, size: int):
         self.rows: list[int] = []
         self.kept: list[int] = []
         self.missing = size
-        self._texts: set[str] = set()
+        self._matching: set[str] = set()
+        self._negatives: set[str] = set()
 
     def add(self, rows: Sequence[int], texts: Sequence[tuple[str, ...]]):
-        for row, own in zip(rows, texts, strict=True):
-            if self.missing and self._texts.isdisjoint(own):
-                self._texts.update(own)
+        for row, (anchor, positive, *negatives) in zip(rows, texts, strict=True):
+            once = {anchor, positive}
+            clash = once & self._matching or once & self._negatives or not self._matching.isdisjoint(negatives)
+            if self.missing and not clash:
+                self._matching |= once
+                self._negatives.update(negatives)
                 self.rows.append(row)
                 self.missing -= 1
             else:
