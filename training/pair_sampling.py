@@ -2,8 +2,8 @@
 
 Laws: a batch, over all processes together, has rows of one source, and no anchor or positive of a row stands a second
 time in it, in whatever column (it would be a false negative of its own row). Hard negatives may: one that several rows
-share is a negative of all of them. Its source is drawn with probability size times weight. Batches are a function of the
-seed alone, and who has the place of a batch goes on from it without reading what came before.
+share is a negative of all of them. Its source is drawn with probability size times weight. Batches are a function of
+the seed alone, and who has the place of a batch goes on from it without reading what came before.
 
 A source is read in passes, each in a random order of its own. A row that would break that is kept for the
 next batches; what is left of a pass and makes no batch is left out of this pass.
