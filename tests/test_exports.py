@@ -106,7 +106,9 @@ def test_onnx_files_are_small_and_linear(model, onnx_folder):
     import onnx
 
     weights = sum(parameter.numel() for parameter in model.parameters())
-    for precision, bytes_per_weight in (("fp32", 4), ("fp16", 2), ("int8", 1)):
+    down = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith(onnx_export._DOWN))
+    assert down
+    for precision, bytes_per_weight in (("fp32", 4), ("fp16", 2), ("int8", 1 + 3 * down / weights)):
         content = (onnx_folder / onnx_export.FILES[precision]).read_bytes()
         size = len(content)
         # No table of positions or distances, and none of the exporter's stack traces, which tell of this machine.
@@ -124,6 +126,20 @@ def test_onnx_files_are_small_and_linear(model, onnx_folder):
     shapes = [[dim.dim_param or dim.dim_value for dim in x.type.tensor_type.shape.dim] for x in graph.value_info]
     assert any(shape.count(length) == 1 for shape in shapes)
     assert not any(shape.count(length) > 1 for shape in shapes)
+
+
+def test_int8_survives_a_unit_that_is_far_larger_than_the_others(model, tmp_path):
+    """A unit of the gated MLP times 300, its column of the down projection over 300: the same function."""
+    pytest.importorskip("onnxruntime", reason=EXTRA)
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in scaled.encoder.layer:
+            unit = scaled.config.intermediate_size + 3  # of the half without an activation
+            layer.mlp.gated_layers.weight[unit] *= 300
+            layer.mlp.wo.weight[:, 3] /= 300
+    onnx_export.write_onnx(scaled, tmp_path, ["int8"])
+    agreement = onnx_export.check_onnx(tmp_path / onnx_export.FILES["int8"], model, "int8", lengths=(7, 129))
+    assert agreement.cosine > 0.99
 
 
 def test_openvino_gives_the_vectors_of_torch(model, onnx_folder):

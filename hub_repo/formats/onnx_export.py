@@ -24,6 +24,7 @@ from .parity import LENGTHS, Agreement, Run, Tolerance, check_engine, pooled
 FILES = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8": "onnx/model_quantized.onnx"}
 """Precision -> file; the names that transformers.js looks for."""
 TOLERANCES = {"fp32": Tolerance(1e-5, 0.999999), "fp16": Tolerance(2e-3, 0.9999), "int8": Tolerance(5e-2, 0.99)}
+_DOWN = (".mlp.wo.weight", ".mlp.down_layer.weight")
 _LARGEST = 2**31 - 2**20  # bytes; a protobuf file cannot be larger
 
 
@@ -69,15 +70,26 @@ def _write(model: JinaBertModel, path: Path):
 def _quantize(model: JinaBertModel, path: Path):
     """Dynamic quantisation: 8-bit matrices and word embeddings, activations quantised anew in every call.
 
+    The down projections of the MLPs stay in float32: some units of a gated MLP are hundreds of times the others, and
+    one scale for all of them leaves these nothing (shipped model, three sentences: smallest cosine to torch 0.975 with
+    them, 0.9998 without; a quarter more bytes).
+
     TRAP: with signed weights per channel, the 16-bit sums of processors without VNNI overflow: the smallest cosine to
     torch was 0.89 and 0.97 on the models of the tests, 0.945 on the shipped one; with unsigned weights 0.997 and more.
     """
     quantization = require("onnxruntime.quantization", "export")
     source = path.with_name("source.onnx")
     _write(model, source)
+    nodes = require("onnx", "export").load(source, load_external_data=False).graph.node
     try:
         with _quiet():
-            quantization.quantize_dynamic(source, path, weight_type=quantization.QuantType.QUInt8, per_channel=True)
+            quantization.quantize_dynamic(
+                source,
+                path,
+                weight_type=quantization.QuantType.QUInt8,
+                per_channel=True,
+                nodes_to_exclude=[node.name for node in nodes if any(x.endswith(_DOWN) for x in node.input)],
+            )
     finally:
         source.unlink()
 
