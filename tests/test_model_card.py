@@ -1,9 +1,10 @@
 """The metadata of model cards: what the Hub would refuse is named, results become a model-index, the text stays."""
 
+import itertools
 import json
 
 import pytest
-from conftest import SHIPPED
+from conftest import REPOSITORY, SHIPPED
 
 from hub_repo.model_card import check_card, evaluation_results, fill_card, main
 
@@ -63,3 +64,26 @@ def test_card_filled_from_results(tmp_path):
     assert card.read_text() == filled
     assert all(part in filled for part in ("value: 0.6782", "type: cosine_ndcg@10", "type: ir-a-set", "- alibi"))
     assert "is not a number" in check_card(filled.replace("0.6782", ".nan"))[0]
+
+
+@pytest.mark.parametrize("document", [SHIPPED / "README.md", REPOSITORY / "README.md"], ids=["card", "readme"])
+def test_the_table_of_results_is_that_of_the_committed_scores(document):
+    """Row by row, the best score of each in bold; rows of one order in both."""
+    records = json.loads((REPOSITORY / "evaluation/results/tiny.json").read_text())["records"]
+    found = {(r["set"], r["model"]): r["metrics"] for r in records}
+    lines = document.read_text(encoding="utf-8").splitlines()
+    table = itertools.dropwhile(lambda line: "| all-MiniLM-L6-v2 | BM25 |" not in line, lines)
+    rows = list(itertools.takewhile(str.strip, table))
+    assert len(rows) == 2 + len({r["set"] for r in records})
+    for row in rows[2:]:
+        name, _, measure, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        key = {"nDCG@10": "ndcg_at_10", "Spearman": "spearman"}[measure]
+        scores = [found[name, model][key] for model in ("hub_repo/tiny", "all-MiniLM-L6-v2", "bm25")]
+        assert cells == [f"**{x:.3f}**" if x == max(scores) else f"{x:.3f}" for x in scores]
+
+
+def test_the_shipped_cards_model_index_is_that_of_the_committed_scores(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text((SHIPPED / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    main([str(copy), "--results", str(REPOSITORY / "evaluation/results/tiny.json"), "--model", "hub_repo/tiny"])
+    assert copy.read_text(encoding="utf-8") == (SHIPPED / "README.md").read_text(encoding="utf-8")
