@@ -6,6 +6,9 @@ How: with the queries in reverse order the ALiBi bias of a sequence is a Hankel 
 head (see alibi.py), which torch's blockwise kernel reads as its mask. Queries are cut into blocks, and the slice of
 keys for each block comes from `sparsity.window_bound`; the view of any (queries, keys) rectangle is again a view.
 
+In bfloat16 that kernel asks MKL for its products, which on a processor that is not Intel's are emulated with those of
+float32. There, in inference, a tile is computed as two batched products through oneDNN (`_products`).
+
 The whole is one operator, so that `torch.compile` and `torch.export` see a single node whatever the lengths are. The
 name of the operator carries the name of this module: the installed package and copies loaded by trust_remote_code live
 side by side in one process.
@@ -18,16 +21,24 @@ from dataclasses import dataclass
 
 import torch
 
+from .onednn import mkl_is_slow, multiplies_bf16
 from .sparsity import LOCAL, least_window, record_scores, window_bound
 
-SPARSE_LENGTH = 1024
+SPARSE_LENGTH = 2048
 """Tokens from which a sequence is looked at for what can be left out."""
-_BLOCK = 256
+_BLOCK = 512
 """Queries in a tile at least."""
+_KEYS = 256
+"""Windows begin and end at multiples of this: oneDNN keeps compiled code for every shape that it has seen."""
 _WORTHWHILE = 0.9
 """Share of a head's scores from which it is computed whole."""
 _LOCAL_SCORES = 2**22
 """Scores that the bound holds at a time, float32: 16 MiB."""
+
+_PRODUCT_SCORES = 2**20
+"""Scores of a tile that `_products` holds at a time, in bfloat16, twice."""
+_PRODUCT_ROWS = 512
+"""Queries of one head in a product at least; fewer do not fill it."""
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -113,6 +124,48 @@ class _Plan:
         return rows[:, tile.length - tile.last : tile.length - tile.first].transpose(1, 2)
 
 
+def _reorder(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``packed[rows]`` of a contiguous `(tokens, heads, head_dim)`, as rows that are copied whole: far faster."""
+    return packed.flatten(1).index_select(0, rows).view(packed.shape)
+
+
+def _heads_first(packed: torch.Tensor) -> torch.Tensor:
+    """The same `(tokens, heads, head_dim)`, stored head by head: the rows of a sequence in a head are one matrix."""
+    return packed.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _products(query, key, value, bias, scaling: float, context):
+    """``softmax(query key^T * scaling + bias) value`` as batched matrix products, written into `context`.
+
+    Scores and probabilities are rounded to the dtype of the query; sums and the softmax itself are float32.
+
+    Args:
+        query: `(sequences, heads, queries, head_dim)`, any strides; without copies if `_heads_first`.
+        key: `(sequences, heads, keys, head_dim)`.
+        value: The same shape.
+        bias: `(1, heads, queries, keys)` in the dtype of the query, a view.
+        scaling: Factor on the dot products.
+        context: The shape of the query; written.
+    """
+    if len(query) > 1:  # a product is batched over the sequences of one head, or over the heads of one sequence
+        query, key, value, context, bias = (x.transpose(0, 1) for x in (query, key, value, context, bias))
+    outer, inner, queries, _ = query.shape
+    keys = key.shape[2]
+    rows = min(queries, max(_PRODUCT_ROWS, _PRODUCT_SCORES // keys))
+    batch = min(inner, max(1, _PRODUCT_SCORES // (rows * keys)))
+    buffers = query.new_empty(2, batch * rows * keys)
+    bias = bias.expand(outer, inner, queries, keys)
+    for i in range(outer):
+        for of_batch in (slice(start, min(start + batch, inner)) for start in range(0, inner, batch)):
+            for block in (slice(first, min(first + rows, queries)) for first in range(0, queries, rows)):
+                additive = bias[i, of_batch, block]
+                scores, probabilities = (x[: additive.numel()].view(additive.shape) for x in buffers)
+                scores.copy_(additive)
+                scores.baddbmm_(query[i, of_batch, block], key[i, of_batch].mT, alpha=scaling)
+                torch.softmax(scores, dim=-1, out=probabilities)
+                torch.bmm(probabilities, value[i, of_batch], out=context[i, of_batch, block])
+
+
 def _runs(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
     """(offset, sequences, length) of neighbours of equal length; empty sequences are left out."""
     offset = first = 0
@@ -132,7 +185,8 @@ def _merge(reach: list[int], length: int) -> Iterator[tuple[int, int, int, int]]
     for block in range(0, len(reach), per_tile):
         first, last = block * _BLOCK, min((block + per_tile) * _BLOCK, length)
         window = max(reach[block : block + per_tile])
-        yield first, last, max(0, first - window), min(length, last + window)
+        start, stop = first - window, last + window
+        yield first, last, max(0, start - start % _KEYS), min(length, stop + -stop % _KEYS)
 
 
 def _scores(tile: _Tile) -> int:
@@ -158,6 +212,7 @@ def alibi_attention(
     cu_seqlens: torch.Tensor,
     scaling: float,
     sparse: bool,
+    differentiable: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bidirectional attention with symmetric ALiBi inside each packed sequence.
 
@@ -169,15 +224,24 @@ def alibi_attention(
         cu_seqlens: `(sequences + 1,) int64`, first row of each sequence, ascending from 0 to `tokens`.
         scaling: Factor on the dot products.
         sparse: Leave out what `sparsity.window_bound` proves to be below rounding.
+        differentiable: Whether there may be a backward pass.
 
     Returns:
-        The context `(tokens, heads, head_dim)`, and the log-sum-exp of the scores `(tokens, heads)`, each sequence in
-        reverse order, for the backward pass.
+        The context `(tokens, heads, head_dim)`, and, if `differentiable`, the log-sum-exp of the scores
+        `(tokens, heads)`, each sequence in reverse order, for the backward pass; else `(0, heads)`.
     """
     plan = _Plan(query, key, slopes, cu_seqlens, scaling=scaling, sparse=sparse)
-    reverse = query[plan.reverse]
+    reverse = _reorder(query, plan.reverse)
+    if not differentiable and query.dtype == torch.bfloat16 and mkl_is_slow() and multiplies_bf16():
+        plan.bias = plan.bias.to(query.dtype)
+        reverse, key, value = (_heads_first(x) for x in (reverse, key, value))
+        context = torch.empty_like(reverse)
+        for tile in (tile for group in plan.groups for tile in group):
+            queries, keys, values = plan.queries(reverse, tile), plan.keys(key, tile), plan.keys(value, tile)
+            _products(queries, keys, values, plan.mask(tile), scaling, plan.queries(context, tile))
+        return _reorder(context.contiguous(), plan.reverse), slopes.new_empty(0, plan.heads)
     context = torch.empty_like(reverse)
-    statistics = torch.empty(reverse.shape[:2], dtype=slopes.dtype)
+    statistics = slopes.new_empty(reverse.shape[:2])
     for tile in (tile for group in plan.groups for tile in group):
         result, logsumexp = _forward_kernel(
             plan.queries(reverse, tile), plan.keys(key, tile), plan.keys(value, tile),
@@ -185,12 +249,13 @@ def alibi_attention(
         )  # fmt: skip
         plan.queries(context, tile).copy_(result)
         plan.queries(statistics, tile).copy_(logsumexp)
-    return context[plan.reverse], statistics
+    return _reorder(context, plan.reverse), statistics if differentiable else slopes.new_empty(0, plan.heads)
 
 
 @alibi_attention.register_fake
-def _(query, key, value, slopes, cu_seqlens, scaling, sparse):
-    return torch.empty(query.shape, dtype=query.dtype), query.new_empty(query.shape[:2], dtype=slopes.dtype)
+def _(query, key, value, slopes, cu_seqlens, scaling, sparse, differentiable):
+    statistics = slopes.new_empty(query.shape[0] if differentiable else 0, query.shape[1])
+    return torch.empty(query.shape, dtype=query.dtype), statistics
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::alibi_attention_backward", mutates_args=(), device_types="cpu")
@@ -208,7 +273,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # The same inputs give the same plan as in the forward pass.
     plan = _Plan(query, key, slopes, cu_seqlens, scaling=scaling, sparse=sparse)
-    gradient, reverse, context = gradient[plan.reverse], query[plan.reverse], context[plan.reverse]
+    gradient, reverse, context = (_reorder(x, plan.reverse) for x in (gradient, query, context))
     of_query = torch.empty_like(reverse)
     # Tiles overlap in their keys: their shares are added in float32 or wider.
     of_key = torch.zeros(key.shape, dtype=slopes.dtype)
@@ -236,7 +301,7 @@ def _backward(
     else:
         for group in single:
             run(group)
-    return of_query[plan.reverse], of_key.to(key.dtype), of_value.to(value.dtype)
+    return _reorder(of_query, plan.reverse), of_key.to(key.dtype), of_value.to(value.dtype)
 
 
 @_backward.register_fake
@@ -245,19 +310,19 @@ def _(gradient, query, key, value, context, statistics, slopes, cu_seqlens, scal
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, slopes, cu_seqlens, ctx.scaling, ctx.sparse = inputs
+    query, key, value, slopes, cu_seqlens, ctx.scaling, ctx.sparse, _ = inputs
     ctx.save_for_backward(query, key, value, *output, slopes, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _backward_of(ctx, gradient, _):
     if gradient is None:
-        return (None,) * 7
+        return (None,) * 8
     query, key, value, context, statistics, slopes, cu_seqlens = ctx.saved_tensors
     gradients = _backward(
         gradient.contiguous(), query, key, value, context, statistics, slopes, cu_seqlens, ctx.scaling, ctx.sparse
     )
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None, None, None)
 
 
 alibi_attention.register_autograd(_backward_of, setup_context=_setup_context)

@@ -52,6 +52,16 @@ def warn_if_emulated(dtype: torch.dtype, device: torch.device):
         )
 
 
+@functools.cache
+def keep_freed_blocks():
+    """Lets the C library keep the memory of one layer for the next instead of returning it and faulting it in again.
+
+    glibc takes the size of the largest block that was freed, at most 32 MiB, as the one below which it keeps freed
+    blocks, twice that in all (mallopt(3), "dynamic mmap threshold"). One block, never written to, is freed here.
+    """
+    torch.empty(2**25 - 2**14, dtype=torch.uint8)
+
+
 class JinaBertPreTrainedModel(PublishedCheckpointMixin, PreTrainedModel):
     """Weight initialisation, and loading of the published checkpoints (see `PublishedCheckpointMixin`)."""
 
@@ -120,6 +130,8 @@ class JinaBertModel(EncodeMixin, EncodeChunksMixin, JinaBertPreTrainedModel):
         """Embeddings and encoder, in the shape that `sequences` has the layers see."""
         if not torch.compiler.is_compiling():
             warn_if_emulated(self.dtype, sequences.slopes.device)
+            if sequences.slopes.device.type == "cpu":
+                keep_freed_blocks()
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
         return self.encoder(hidden_states, sequences, output_attentions=output_attentions).last_hidden_state
 

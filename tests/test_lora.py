@@ -54,7 +54,7 @@ def test_every_linear_layer_of_the_encoder_gets_an_adapter_and_nothing_else_is_t
     model = contrastive.load_model(recipe(layout, tmp_path))
     before = model.encode(TEXTS)
     add_lora(model, LoraRecipe(r=4))
-    np.testing.assert_array_equal(model.encode(TEXTS), before)  # a new adapter adds nothing
+    np.testing.assert_allclose(model.encode(TEXTS), before, atol=1e-6)  # a new adapter adds nothing
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     assert {name.rpartition(".")[2] for name in adapted} == LAYOUTS[layout]
     assert len(adapted) == 6 * 3  # of 3 layers; not the pooler

@@ -103,8 +103,9 @@ def sdpa_attention(
         return _tokens_first(_sdpa(query, key, value, additive, scaling=scaling, dropout=dropout), sequences), None
     if sequences.cu_seqlens is not None and query.device.type == "cpu" and not dropout:
         context, _ = alibi_attention(
-            query, key, value, sequences.slopes, sequences.cu_seqlens, scaling, sequences.sparse
-        )
+            query, key, value, sequences.slopes, sequences.cu_seqlens, scaling, sequences.sparse,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
         return context, None
     query, key, value = (_heads_first(x, sequences) for x in (query, key, value))
     if sequences.cu_seqlens is not None and sequences.length <= DENSE_LENGTH:

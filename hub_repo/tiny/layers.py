@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .attention import ATTENTION_FUNCTIONS, eager_attention
 from .configuration_jina_bert import JinaBertConfig
+from .onednn import applies, gated, linear, linear_plus
 from .packing import Sequences
 
 MLP_BLOCK_BYTES = 2**24
@@ -62,7 +63,7 @@ class JinaBertSelfAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        query, key, value = (linear(layer, hidden_states) for layer in (self.query, self.key, self.value))
         if self.config.qk_post_norm:
             query, key = self.layer_norm_q(query), self.layer_norm_k(key)
         query, key, value = (x.unflatten(-1, (-1, self.head_size)) for x in (query, key, value))
@@ -92,6 +93,8 @@ class JinaBertSelfOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if not self.training and applies(context, self.dense):
+            return self.LayerNorm(linear_plus(self.dense, context, residual))
         return self.LayerNorm(self.dropout(self.dense(context)) + residual)
 
 
@@ -128,6 +131,7 @@ class JinaBertMLP(nn.Module):
         super().__init__()
         self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
+        self.activation = config.hidden_act
         self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -136,8 +140,11 @@ class JinaBertMLP(nn.Module):
         return _by_blocks_of_tokens(self._forward, hidden_states, self.gated_layers.out_features)
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, linear = self.gated_layers(hidden_states).chunk(2, dim=-1)
-        return self.layernorm(self.wo(self.dropout(self.act(gate) * linear)) + hidden_states)
+        if not self.training and applies(hidden_states, self.gated_layers, self.wo):
+            product = gated(self.gated_layers, hidden_states, activation=self.activation, gate_first=True)
+            return self.layernorm(linear_plus(self.wo, product, hidden_states))
+        gate, factor = linear(self.gated_layers, hidden_states).chunk(2, dim=-1)
+        return self.layernorm(linear(self.wo, self.dropout(self.act(gate) * factor)) + hidden_states)
 
 
 class JinaBertPostNormMLP(nn.Module):
@@ -147,6 +154,7 @@ class JinaBertPostNormMLP(nn.Module):
         super().__init__()
         self.up_gated_layer = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
+        self.activation = config.hidden_act
         self.down_layer = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -154,8 +162,11 @@ class JinaBertPostNormMLP(nn.Module):
         return _by_blocks_of_tokens(self._forward, hidden_states, self.up_gated_layer.out_features)
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        linear, gate = self.up_gated_layer(hidden_states).chunk(2, dim=-1)
-        return self.down_layer(self.dropout(linear * self.act(gate)))
+        if not self.training and applies(hidden_states, self.up_gated_layer, self.down_layer):
+            product = gated(self.up_gated_layer, hidden_states, activation=self.activation, gate_first=False)
+            return linear(self.down_layer, product)
+        factor, gate = linear(self.up_gated_layer, hidden_states).chunk(2, dim=-1)
+        return linear(self.down_layer, self.dropout(factor * self.act(gate)))
 
 
 class JinaBertLayer(GradientCheckpointingLayer):

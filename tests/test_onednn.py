@@ -1,0 +1,179 @@
+"""What inference on the CPU computes through oneDNN: the layers' own numbers, and the layers themselves otherwise."""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_jina_bert import (
+    JinaBertConfig,
+    JinaBertModel,
+    alibi,
+    attention,
+    count_scores,
+    cpu_attention,
+    layers,
+    onednn,
+)
+from modeling_jina_bert.packing import Sequences
+
+HIDDEN, WIDTH = 48, 80
+CONFIG = {"vocab_size": 100, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def _on_every_processor(monkeypatch):
+    """Whichever processor the tests run on."""
+    monkeypatch.setattr(onednn, "_pays", lambda dtype: dtype in (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(cpu_attention, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(cpu_attention, "multiplies_bf16", lambda: True)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The products that oneDNN is asked for: the name of what is fused into each."""
+    asked = []
+
+    class Recorded:
+        operator = onednn._product
+
+        def __call__(self, *arguments):
+            asked.append(arguments[3])
+            return self.operator(*arguments)
+
+        def binary(self, *arguments):
+            asked.append(arguments[4])
+            return self.operator.binary(*arguments)
+
+    monkeypatch.setattr(onednn, "_product", Recorded())
+    return asked
+
+
+def model_of(**options) -> JinaBertModel:
+    torch.manual_seed(0)
+    config = JinaBertConfig(**{**CONFIG, "intermediate_size": WIDTH, "initializer_range": 0.2, **options})
+    return JinaBertModel(config, add_pooling_layer=False).eval()
+
+
+def states(model: JinaBertModel) -> torch.Tensor:
+    ids = torch.arange(5, 65).view(3, 20)
+    mask = torch.arange(20) < torch.tensor([20, 7, 1])[:, None]
+    return model(ids, mask.long()).last_hidden_state.detach()
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_the_layers_give_their_own_numbers(products, post_norm):
+    model = model_of(qk_post_norm=post_norm)
+    expected = states(model.double())  # no products of oneDNN in float64
+    assert products == []
+    with torch.inference_mode():
+        found = states(model.float())
+    of_a_layer = ["none"] * 3 + ["add", "gelu", "mul", "none" if post_norm else "add"]
+    assert products == of_a_layer * 2
+    assert (found - expected).abs().max() < 1e-5
+    with torch.inference_mode():
+        half = states(model.bfloat16())
+    assert (half - expected).abs().max() < 0.1
+    assert (half - expected).abs().mean() < 0.01
+
+
+def test_relu_gates(products):
+    model = model_of(feed_forward_type="reglu")
+    expected = states(model.double())
+    with torch.inference_mode():
+        found = states(model.float())
+    assert products == (["none"] * 3 + ["add", "relu", "mul", "add"]) * 2
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_dropout_acts_without_gradients_too(products):
+    model = model_of(hidden_dropout_prob=0.5).train()
+    with torch.no_grad():
+        first, second = states(model), states(model)
+    assert set(products) == {"none"}
+    assert (first - second).abs().max() > 0.1
+
+
+def test_gradients_and_autocast_go_through_the_modules(products):
+    model = model_of()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        states(model)
+    states(model)
+    assert products == []
+
+
+class _Doubled(nn.Linear):
+    """A layer that does more than its product, as adapters do."""
+
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
+def _subclass(layer):
+    layer.__class__ = _Doubled
+
+
+def _hook(layer):
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def _replaced_forward(layer):
+    plain = layer.forward
+    layer.forward = lambda hidden_states: 2 * plain(hidden_states)
+
+
+@pytest.mark.parametrize("change", [_subclass, _hook, _replaced_forward])
+def test_a_layer_that_does_more_is_called(change):
+    layer = nn.Linear(HIDDEN, WIDTH)
+    hidden_states = torch.randn(5, HIDDEN)
+    with torch.inference_mode():
+        before = onednn.linear(layer, hidden_states)
+        assert onednn.applies(hidden_states, layer)
+        change(layer)
+        assert not onednn.applies(hidden_states, layer)
+        torch.testing.assert_close(onednn.linear(layer, hidden_states), 2 * before)
+
+
+def test_strided_and_empty_inputs_are_left_to_torch():
+    layer = nn.Linear(HIDDEN, WIDTH)
+    with torch.inference_mode():
+        assert not onednn.applies(torch.randn(HIDDEN, 5).T, layer)
+        assert onednn.linear(layer, torch.empty(0, HIDDEN)).shape == (0, WIDTH)
+        strided = nn.Linear(WIDTH, HIDDEN)
+        strided.weight = nn.Parameter(torch.randn(WIDTH, HIDDEN).T)
+        assert not onednn.applies(torch.randn(5, WIDTH), strided)
+
+
+def test_mlp_blocks_of_tokens(monkeypatch):
+    model = model_of()
+    with torch.inference_mode():
+        expected = states(model)
+        monkeypatch.setattr(layers, "MLP_BLOCK_BYTES", 2 * WIDTH * 4 * 7)  # 7 tokens
+        assert (states(model) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("scores_at_a_time", [2**20, 3000])
+@pytest.mark.parametrize("lengths", [[1], [17] * 5, [40, 40, 3, 1, 64], [700], [2500], [2300, 20, 2300]])
+def test_attention_by_products_equals_eager(monkeypatch, lengths, scores_at_a_time):
+    """bfloat16: batches of sequences, of heads, blocks of queries, windows. Measured against the float64 reference."""
+    monkeypatch.setattr(cpu_attention, "_PRODUCT_SCORES", scores_at_a_time)
+    monkeypatch.setattr(cpu_attention, "_PRODUCT_ROWS", 64)
+    heads = 4
+    generator = torch.Generator().manual_seed(len(lengths))
+    qkv = [torch.randn(sum(lengths), heads, 16, generator=generator).bfloat16() for _ in range(3)]
+    slopes = alibi.alibi_slopes(heads)
+    options = {"device": torch.device("cpu"), "sparse": True}
+
+    exact, _ = attention.eager_attention(
+        *(x.double() for x in qkv),
+        Sequences.of_lengths(slopes, lengths, dtype=torch.float64, **options),
+        scaling=0.25,
+    )
+    sequences = Sequences.of_lengths(slopes, lengths, dtype=torch.bfloat16, **options)
+    with torch.inference_mode(), count_scores() as count:
+        found, _ = attention.sdpa_attention(*qkv, sequences, scaling=0.25)
+    with torch.enable_grad():
+        fused, _ = attention.sdpa_attention(*qkv, sequences, scaling=0.25)
+    assert (max(lengths) >= 2048) == (count.skipped_share > 0)
+    gap = (found.double() - exact).abs()
+    assert gap.max() < 0.03
+    assert gap.mean() < 2 * (fused.double() - exact).abs().mean() + 1e-6  # at most twice the error of the fused kernel
