@@ -56,6 +56,13 @@ SYSTEMS: dict[str, System] = {
     ),
     "ours-eager-fp32": System("ours", "fp32", 2048, "every score in memory", options={"attention": "eager"}),
     "ours-sdpa-bf16": System("ours", "bf16", OURS_LONGEST, "bfloat16 weights and activations"),
+    "ours-sdpa-bf16-all-scores": System(
+        "ours", "bf16", OURS_LONGEST, "the same, sparse_attention=False", device="cpu", options={"sparse": False}
+    ),
+    "ours-sdpa-bf16-compiled": System(
+        "ours", "bf16", OURS_LONGEST, "the same, torch.compile of the encoder, dynamic", options={"compiled": True}
+    ),
+    "ours-eager-bf16": System("ours", "bf16", 2048, "every score in memory", options={"attention": "eager"}),
     "ours-flex-bf16": System(
         "ours", "bf16", OURS_LONGEST, "flex_attention", device="cuda", options={"attention": "flex_attention"}
     ),

@@ -28,7 +28,7 @@ SPARSE_LENGTH = 2048
 """Tokens from which a sequence is looked at for what can be left out."""
 _BLOCK = 512
 """Queries in a tile at least."""
-_KEYS = 256
+_KEYS = 128
 """Windows begin and end at multiples of this: oneDNN keeps compiled code for every shape that it has seen."""
 _WORTHWHILE = 0.9
 """Share of a head's scores from which it is computed whole."""

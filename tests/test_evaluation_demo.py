@@ -126,6 +126,19 @@ def test_end_to_end(model_folder, library_folder, tmp_path, capsys):
     assert "of 252" in printed
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_half_precision_is_recommended_where_the_processor_has_it(
+    native, model_folder, library_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(demo, "multiplies_bf16", lambda: native)
+    arguments = ["--model", str(model_folder), "--library", str(library_folder), "--output", str(tmp_path)]
+    for dtype in ("float32", "bfloat16"):
+        assert demo.main([*arguments, "--query", "Who saw the whale?", "--dtype", dtype]) == 0
+        printed = capsys.readouterr().out
+        assert f"{dtype}, loaded in" in printed
+        assert ("dtype=torch.bfloat16" in printed) == (native and dtype == "float32")
+
+
 def test_documents_are_embedded_whole(model_folder):
     model = demo.load_model(str(model_folder))
     document = demo.Document("long", "word " * 8200 + "whale " * 800)
