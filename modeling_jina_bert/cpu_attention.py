@@ -28,7 +28,7 @@ SPARSE_LENGTH = 2048
 """Tokens from which a sequence is looked at for what can be left out."""
 _BLOCK = 512
 """Queries in a tile at least."""
-_KEYS = 128
+_KEYS = 512
 """Windows begin and end at multiples of this: oneDNN keeps compiled code for every shape that it has seen."""
 _WORTHWHILE = 0.9
 """Share of a head's scores from which it is computed whole."""
@@ -134,7 +134,7 @@ def _heads_first(packed: torch.Tensor) -> torch.Tensor:
     return packed.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def _products(query, key, value, bias, scaling: float, context):
+def _products(query, key, value, bias, scaling: float, context, buffers):
     """``softmax(query key^T * scaling + bias) value`` as batched matrix products, written into `context`.
 
     Scores and probabilities are rounded to the dtype of the query; sums and the softmax itself are float32.
@@ -146,6 +146,8 @@ def _products(query, key, value, bias, scaling: float, context):
         bias: `(1, heads, queries, keys)` in the dtype of the query, a view.
         scaling: Factor on the dot products.
         context: The shape of the query; written.
+        buffers: `(2, scores)` in the dtype of the query, one for all tiles: for at least `_PRODUCT_SCORES` and
+            `_PRODUCT_ROWS` rows of scores.
     """
     if len(query) > 1:  # a product is batched over the sequences of one head, or over the heads of one sequence
         query, key, value, context, bias = (x.transpose(0, 1) for x in (query, key, value, context, bias))
@@ -153,7 +155,6 @@ def _products(query, key, value, bias, scaling: float, context):
     keys = key.shape[2]
     rows = min(queries, max(_PRODUCT_ROWS, _PRODUCT_SCORES // keys))
     batch = min(inner, max(1, _PRODUCT_SCORES // (rows * keys)))
-    buffers = query.new_empty(2, batch * rows * keys)
     bias = bias.expand(outer, inner, queries, keys)
     for i in range(outer):
         for of_batch in (slice(start, min(start + batch, inner)) for start in range(0, inner, batch)):
@@ -236,9 +237,10 @@ def alibi_attention(
         plan.bias = plan.bias.to(query.dtype)
         reverse, key, value = (_heads_first(x) for x in (reverse, key, value))
         context = torch.empty_like(reverse)
+        buffers = query.new_empty(2, max(_PRODUCT_SCORES, _PRODUCT_ROWS * plan.longest))
         for tile in (tile for group in plan.groups for tile in group):
             queries, keys, values = plan.queries(reverse, tile), plan.keys(key, tile), plan.keys(value, tile)
-            _products(queries, keys, values, plan.mask(tile), scaling, plan.queries(context, tile))
+            _products(queries, keys, values, plan.mask(tile), scaling, plan.queries(context, tile), buffers)
         return _reorder(context.contiguous(), plan.reverse), slopes.new_empty(0, plan.heads)
     context = torch.empty_like(reverse)
     statistics = slopes.new_empty(reverse.shape[:2])

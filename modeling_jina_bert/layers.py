@@ -109,6 +109,10 @@ class JinaBertAttention(nn.Module):
         return self.output(context, hidden_states)
 
 
+_FUSED_ACTIVATIONS = {type(ACT2FN[name]): name for name in ("gelu", "relu")}
+"""Class of the activation -> its name in oneDNN; of another one in its place the MLP is computed layer by layer."""
+
+
 def _by_blocks_of_tokens(function: Callable, hidden_states: torch.Tensor, width: int) -> torch.Tensor:
     """Applies a token-wise function to blocks whose `(tokens, width)` intermediate has `MLP_BLOCK_BYTES`.
 
@@ -131,7 +135,6 @@ class JinaBertMLP(nn.Module):
         super().__init__()
         self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
-        self.activation = config.hidden_act
         self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -140,8 +143,9 @@ class JinaBertMLP(nn.Module):
         return _by_blocks_of_tokens(self._forward, hidden_states, self.gated_layers.out_features)
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.training and applies(hidden_states, self.gated_layers, self.wo):
-            product = gated(self.gated_layers, hidden_states, activation=self.activation, gate_first=True)
+        activation = _FUSED_ACTIVATIONS.get(type(self.act))
+        if activation is not None and not self.training and applies(hidden_states, self.gated_layers, self.wo):
+            product = gated(self.gated_layers, hidden_states, activation=activation, gate_first=True)
             return self.layernorm(linear_plus(self.wo, product, hidden_states))
         gate, factor = linear(self.gated_layers, hidden_states).chunk(2, dim=-1)
         return self.layernorm(linear(self.wo, self.dropout(self.act(gate) * factor)) + hidden_states)
@@ -154,7 +158,6 @@ class JinaBertPostNormMLP(nn.Module):
         super().__init__()
         self.up_gated_layer = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
-        self.activation = config.hidden_act
         self.down_layer = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -162,8 +165,10 @@ class JinaBertPostNormMLP(nn.Module):
         return _by_blocks_of_tokens(self._forward, hidden_states, self.up_gated_layer.out_features)
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.training and applies(hidden_states, self.up_gated_layer, self.down_layer):
-            product = gated(self.up_gated_layer, hidden_states, activation=self.activation, gate_first=False)
+        activation = _FUSED_ACTIVATIONS.get(type(self.act))
+        layers = self.up_gated_layer, self.down_layer
+        if activation is not None and not self.training and applies(hidden_states, *layers):
+            product = gated(self.up_gated_layer, hidden_states, activation=activation, gate_first=False)
             return linear(self.down_layer, product)
         factor, gate = linear(self.up_gated_layer, hidden_states).chunk(2, dim=-1)
         return linear(self.down_layer, self.dropout(factor * self.act(gate)))

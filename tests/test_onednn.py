@@ -85,6 +85,18 @@ def test_relu_gates(products):
     assert (found - expected).abs().max() < 1e-5
 
 
+def test_an_activation_in_its_place_is_called(products):
+    """As by who measures what GELU by tanh changes."""
+    model = model_of()
+    for layer in model.encoder.layer:
+        layer.mlp.act = nn.Tanh()
+    expected = states(model.double())
+    with torch.inference_mode():
+        found = states(model.float())
+    assert "gelu" not in products
+    assert (found - expected).abs().max() < 1e-5
+
+
 def test_dropout_acts_without_gradients_too(products):
     model = model_of(hidden_dropout_prob=0.5).train()
     with torch.no_grad():
