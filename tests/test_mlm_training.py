@@ -104,7 +104,8 @@ def test_flops_are_those_of_torchs_counter(architecture):
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     masked = int((labels != -100).sum())
     # Forward in evaluation mode: nothing is computed twice there. The backward pass of a product are two products.
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # With gradients, or the products are oneDNN's, which the counter does not know.
+    with FlopCounterMode(display=False) as counter:
         model.eval()(**inputs)
     tally = Tally(sequences=3, tokens=60, positions=60, pairs=3 * 400, masked=masked)
     assert 3 * counter.get_total_flops() == pytest.approx(training_flops(model.config, tally), rel=0.01)

@@ -140,7 +140,7 @@ def test_on_equals_off(name):
     assert all_scores.skipped_share == 0
     assert kept_scores.total == all_scores.total == all_scores.computed
     if name == "random":
-        assert kept_scores.skipped_share > 0.2
+        assert kept_scores.skipped_share > 0.15
     if name == "huge norms":
         assert kept_scores.skipped_share == 0
     for reference, without, with_skipping in zip(exact, off, on, strict=True):
