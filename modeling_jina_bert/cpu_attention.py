@@ -27,9 +27,7 @@ from .sparsity import LOCAL, least_window, record_scores, window_bound
 SPARSE_LENGTH = 2048
 """Tokens from which a sequence is looked at for what can be left out."""
 _BLOCK = 512
-"""Queries in a tile at least."""
-_KEYS = 512
-"""Windows begin and end at multiples of this: oneDNN keeps compiled code for every shape that it has seen."""
+"""Queries in a tile at least; windows of keys are whole blocks, as oneDNN keeps compiled code for every shape."""
 _WORTHWHILE = 0.9
 """Share of a head's scores from which it is computed whole."""
 _LOCAL_SCORES = 2**22
@@ -187,7 +185,7 @@ def _merge(reach: list[int], length: int) -> Iterator[tuple[int, int, int, int]]
         first, last = block * _BLOCK, min((block + per_tile) * _BLOCK, length)
         window = max(reach[block : block + per_tile])
         start, stop = first - window, last + window
-        yield first, last, max(0, start - start % _KEYS), min(length, stop + -stop % _KEYS)
+        yield first, last, max(0, start - start % _BLOCK), min(length, stop + -stop % _BLOCK)
 
 
 def _scores(tile: _Tile) -> int:
