@@ -265,7 +265,10 @@ def load_task(task: AbsTask):
 
 
 def sets_of(task: AbsTask) -> list[RetrievalSet | TextSet]:
-    """The data of a retrieval or clustering task: one set for each split, or for each row that is clustered by itself.
+    """The data of a retrieval or clustering task: a set for each subset, split and row that is scored by itself.
+
+    Returns:
+        The sets; what is more than one is in their names: TASK, TASK:SPLIT, TASK:SUBSET:SPLIT, TASK:ROW.
 
     Raises:
         EvaluationError: They cannot be loaded; a task of another kind.
@@ -273,14 +276,22 @@ def sets_of(task: AbsTask) -> list[RetrievalSet | TextSet]:
     if not isinstance(task, AbsTaskRetrieval | AbsTaskClusteringLegacy | AbsTaskClustering):
         raise EvaluationError(f"{task.metadata.name}: is no retrieval or clustering task.")
     load_task(task)
-    name = task.metadata.name
     if isinstance(task, AbsTaskRetrieval):
         task.convert_v1_dataset_format_to_v2(num_proc=None)
-        places = [(subset, split) for subset in task.dataset for split in task.dataset[subset]]
-        if len(places) == 1:
-            return [_retrieval_set(name, task.dataset[places[0][0]][places[0][1]])]
-        return [_retrieval_set(f"{name}:{split}", task.dataset[subset][split]) for subset, split in places]
-    rows = task.dataset[task.metadata.eval_splits[0]]
+    # As mteb: a task of one subset may hold its splits at once.
+    subsets = {subset: task.dataset.get(subset, task.dataset) for subset in task.hf_subsets}
+    places = [(subset, split) for subset, splits in subsets.items() for split in task.eval_splits if split in splits]
+    sets: list[RetrievalSet | TextSet] = []
+    for subset, split in places:
+        parts = [task.metadata.name, *[subset] * (len(subsets) > 1)]
+        name = ":".join([*parts, *[split] * (len({split for _, split in places}) > 1)])
+        rows = subsets[subset][split]
+        sets += [_retrieval_set(name, rows)] if isinstance(task, AbsTaskRetrieval) else _text_sets(task, name, rows)
+    return sets
+
+
+def _text_sets(task: Any, name: str, rows: Any) -> list[TextSet]:
+    """A row is a text; of mteb's older clustering tasks a list of texts, clustered by itself."""
     texts, labels = rows[task.input_column_name], rows[task.label_column_name]
     if isinstance(texts[0], str):
         texts, labels = [texts], [labels]
