@@ -7,13 +7,14 @@ COST: texts are embedded in batches of `TOKENS_PER_BATCH` tokens; mteb's batch s
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from .mteb_training import TRAINING_CODE, Training
 from .sets import EvaluationError
 from .systems import MINILM, EmbeddingModel, load_minilm
 
@@ -37,21 +38,6 @@ NORMALIZE = ("model", "always", "never")
 """Length 1: as the model's modules.json says, always, or never (the paper's own run, before modules.json said so)."""
 MINILM_NAME = f"sentence-transformers/{MINILM}"
 
-TRAINING_CODE = "training/ of modeling-jina-bert: python -m training.mlm, training.pairs, training.hard_negatives"
-TRAINING_DATA = "README.md of the model folder, section Data and licences"
-TRAINED_ON_BY_TINY = frozenset(
-    {
-        "ArxivClusteringP2P",  # titles and abstracts of arXiv
-        "ArxivClusteringS2S",
-        "MedicalQARetrieval",  # MedQuAD
-        "LEMBQMSumRetrieval",  # QMSum, other meetings
-        "LoCoQMSumRetrieval",
-        "StackExchangeClustering",  # posts of Stack Exchange
-        "StackExchangeClusteringP2P",
-    }
-)
-"""mteb's names of the collections that the recipes of the shipped tiny take texts from, if other documents of them."""
-
 
 class TextEncoder(AbsEncoder):
     """An embedding model as mteb calls it; also the `loader` of its `ModelMeta`.
@@ -63,7 +49,7 @@ class TextEncoder(AbsEncoder):
         max_length: Tokens a text is cut at; None is the model's own limit.
         dtype: One of `DTYPES`.
         normalize: One of `NORMALIZE`.
-        trained_on: mteb's names of its training data, for the `ModelMeta`; None is unknown.
+        training: How it was trained, for the `ModelMeta`; None is unknown.
 
     Raises:
         EvaluationError: It cannot be loaded, or has no positions for `max_length` tokens.
@@ -78,7 +64,7 @@ class TextEncoder(AbsEncoder):
         max_length: int | None = None,
         dtype: str = "float32",
         normalize: str = "model",
-        trained_on: Iterable[str] | None = None,
+        training: Training | None = None,
     ):
         self.model = _load(model_name, revision, device=device, dtype=dtype)
         own_limit = self.model.max_seq_length
@@ -103,7 +89,7 @@ class TextEncoder(AbsEncoder):
         self.settings = {**settings, "normalized": self.normalized, "prompts": self.model_prompts}
         self.revision = _revision(self.model, revision) or f"weights-{self.settings['weights_sha256'][:12]}"
         self.settings |= {"revision": self.revision, "device": str(self.model.device)}
-        self.mteb_model_meta = meta_of(self, model_name, trained_on)
+        self.mteb_model_meta = meta_of(self, model_name, training)
 
     def encode(
         self,
@@ -184,13 +170,13 @@ def mteb_name(model_name: str) -> str:
     return "/".join(parts[-2:]) if len(parts) > 1 else f"local/{''.join(parts)}"
 
 
-def meta_of(encoder: TextEncoder, model_name: str, trained_on: Iterable[str] | None) -> ModelMeta:
+def meta_of(encoder: TextEncoder, model_name: str, training: Training | None) -> ModelMeta:
     """The `ModelMeta` of a loaded model: mteb's own where mteb knows it, else from the model and its card.
 
     Args:
         encoder: The model.
         model_name: As given to it.
-        trained_on: As given to it.
+        training: As given to it.
     """
     name = mteb_name(model_name)
     known = MODEL_REGISTRY.get(name)
@@ -206,7 +192,7 @@ def meta_of(encoder: TextEncoder, model_name: str, trained_on: Iterable[str] | N
     embeddings = [p for key, p in encoder.model.named_parameters() if key.endswith("word_embeddings.weight")]
     return ModelMeta(
         name=name,
-        release_date=None,
+        release_date=training.release_date if training else None,
         languages=["eng-Latn"],
         n_parameters=sum(p.numel() for p in parameters),
         n_embedding_parameters=sum(p.numel() for p in embeddings) or None,
@@ -215,8 +201,10 @@ def meta_of(encoder: TextEncoder, model_name: str, trained_on: Iterable[str] | N
         license=_license(model_name),
         open_weights=True,
         public_training_code=TRAINING_CODE if _is_ours(encoder.model) else None,
-        public_training_data=TRAINING_DATA if trained_on is not None else None,
-        training_datasets=None if trained_on is None else set(trained_on),
+        public_training_data=training.data if training else None,
+        training_datasets=set(training.tasks) if training else None,
+        adapted_from=training.teacher if training else None,
+        reference=None if Path(model_name).is_dir() else f"https://huggingface.co/{name}",
         framework=["Sentence Transformers", "PyTorch", "safetensors"],
         similarity_fn_name="cosine",
         use_instructions=bool(encoder.model_prompts),

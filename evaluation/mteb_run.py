@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from .mteb_model import DTYPES, NORMALIZE, TRAINED_ON_BY_TINY, TextEncoder, mteb_name
+from .mteb_model import DTYPES, NORMALIZE, TextEncoder, mteb_name
 from .mteb_tasks import CATEGORIES, LOCO, PAPER, PUBLISHED, PUBLISHED_LENGTHS, load_task, paper_tasks, select_tasks
+from .mteb_training import TINY, Training
 from .records import read_records, versions, write_records
 from .sets import EvaluationError
 
@@ -277,7 +278,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _encoder(arguments: argparse.Namespace, max_length: int | None) -> TextEncoder:
-    trained_on = TRAINED_ON_BY_TINY if arguments.trained_on == ["tiny"] else arguments.trained_on
+    training = None
+    if arguments.trained_on:
+        training = TINY if arguments.trained_on == ["tiny"] else Training(frozenset(arguments.trained_on))
     encoder = TextEncoder(
         arguments.model,
         arguments.revision,
@@ -285,7 +288,7 @@ def _encoder(arguments: argparse.Namespace, max_length: int | None) -> TextEncod
         max_length=max_length,
         dtype=arguments.dtype,
         normalize=arguments.normalize,
-        trained_on=trained_on,
+        training=training,
     )
     if arguments.name:
         encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update={"name": arguments.name})

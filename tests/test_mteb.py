@@ -5,6 +5,7 @@ same data. LoCo is read by name from a Hub over real HTTP.
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -21,9 +22,19 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from evaluation import mteb_model, mteb_run
 from evaluation.metrics import retrieval_scores
-from evaluation.mteb_model import TRAINED_ON_BY_TINY, TextEncoder
+from evaluation.mteb_model import TextEncoder
 from evaluation.mteb_run import category_means, markdown
-from evaluation.mteb_tasks import LOCO, LONG, PUBLISHED, PUBLISHED_LENGTHS, paper_tasks, select_tasks, sets_of
+from evaluation.mteb_tasks import (
+    LOCO,
+    LONG,
+    PUBLISHED,
+    PUBLISHED_LENGTHS,
+    mteb_names,
+    paper_tasks,
+    select_tasks,
+    sets_of,
+)
+from evaluation.mteb_training import TINY
 from evaluation.sets import EvaluationError, RetrievalSet, TextSet
 from evaluation.systems import top_k
 
@@ -103,8 +114,8 @@ def test_real_tasks_run_offline_and_are_not_run_again(data, tmp_path, capsys, mo
     assert folder.name.startswith("weights-")
     meta = json.loads((folder / "model_meta.json").read_text())
     assert (meta["name"], meta["max_tokens"], meta["embed_dim"]) == ("me/tiny", 8192, 256)
-    assert set(meta["training_datasets"]) == TRAINED_ON_BY_TINY
-    assert "training.mlm" in meta["public_training_code"]
+    assert set(meta["training_datasets"]) == TINY.tasks
+    assert (meta["release_date"], meta["adapted_from"]) == (TINY.release_date, TINY.teacher)
     assert set(ResultCache(output).get_task_names()) == {"ir-Facts", "clustering-Kinds"}  # mteb reads them
     result = TaskResult.from_disk(folder / "ir-Facts.json")
     model = SentenceTransformer(str(SHIPPED), trust_remote_code=True, device="cpu")
@@ -283,3 +294,21 @@ def test_sets_of_a_task_are_its_data(data):
     assert isinstance(clustering, TextSet)
     assert clustering.texts[7] == TEXTS[7]["text"][:200]
     assert clustering.labels == [row["source"] for row in TEXTS]
+
+
+def test_the_shipped_models_meta_names_code_data_and_teacher():
+    meta = TextEncoder(str(SHIPPED), device="cpu", training=TINY).mteb_model_meta
+    assert all(meta.openness[name] for name in ("open weights", "open training code", "open training data"))
+    assert TINY.tasks <= {*mteb_names(), *LOCO}, "a name that mteb has not calls no task trained on"
+    for known in ("MSMARCO", "NQ", "QuoraRetrieval", "RedditClustering", "StackExchangeClustering.v2"):
+        assert meta.is_zero_shot_on([known]) is False
+    assert meta.is_zero_shot_on(["SciFact", "STSBenchmark"]) is True
+    assert TextEncoder(str(SHIPPED), device="cpu").mteb_model_meta.is_zero_shot_on(["SciFact"]) is None
+
+    recipes = REPOSITORY / "training" / "recipes"
+    texts = [path.read_text() for path in recipes.glob("tiny-*.yaml")]
+    addresses = {address for text in texts for address in re.findall(r"https://[^\s,\"]+", text)}
+    held_out = {"https://github.com/pytorch/examples"}  # WikiText-2, for the loss of stage I
+    assert addresses - held_out == {*re.findall(r"https://[^\s,;]+", TINY.data)}
+    commands = {command for text in texts for command in re.findall(r"python -m (training\.\w+)", text)}
+    assert commands <= {*re.findall(r"training\.\w+", meta.public_training_code)}
