@@ -204,16 +204,16 @@ def _paper_table(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _lengths_table(records: Sequence[dict[str, Any]]) -> list[str]:
-    """The paper's tasks by maximum length; none if no such task was run."""
+    """The paper's tasks by maximum length: those that were run, all of them without a record; none if none was."""
     rows = [record for record in records if record["set"] in PUBLISHED_LENGTHS]
-    if not rows:
+    tasks = dict.fromkeys(record["set"] for record in rows) if records else PUBLISHED_LENGTHS
+    if not tasks:
         return []
     lengths = {record["settings"]["max_length"] for record in rows}
-    lengths = sorted(lengths | {length for row in rows for length in PUBLISHED_LENGTHS[row["set"]]})
+    lengths = sorted(lengths | {length for task in tasks for length in PUBLISHED_LENGTHS[task]})
     lines = [f"| task | model | {' | '.join(f'{n:,}' for n in lengths)} |", "|---|---|" + "---:|" * len(lengths)]
-    for task in dict.fromkeys(record["set"] for record in rows):
-        published = PUBLISHED_LENGTHS[task]
-        of_model: dict[str, dict[int, float]] = {"jina-embeddings-v2-base-en (published)": published}
+    for task in tasks:
+        of_model = {"jina-embeddings-v2-base-en (published)": dict(PUBLISHED_LENGTHS[task])}
         for record in rows:
             if record["set"] == task:
                 of_model.setdefault(record["model"], {})[record["settings"]["max_length"]] = 100 * _score(record)
@@ -223,8 +223,12 @@ def _lengths_table(records: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """The paper's table with its published rows, its table of lengths, and every score with what decided it."""
+def markdown(records: Sequence[dict[str, Any]] = ()) -> str:
+    """The paper's table with its published rows, its table of lengths, and every score with what decided it.
+
+    Args:
+        records: Of `SCORES`; none leaves what was published.
+    """
     lines = [
         f"# {PAPER} and others", "",
         "Scores in percent. Published rows: arXiv 2310.19923. An average over fewer than all tasks says so and is not "
@@ -234,6 +238,8 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     if lengths := _lengths_table(records):
         note = " LoCo's data are those of LoCoV1, not of the paper's release." if _has_loco(records) else ""
         lines += ["## By maximum length (tokens)", "", f"Main scores in percent.{note}", "", *lengths, ""]
+    if not records:
+        return "\n".join(lines)
     lines += ["## Every score", "", "| model and settings | task | type | measure | score | truncated texts |"]
     lines.append("|---|---|---|---|---:|---:|")
     for name, of_system in _systems(records).items():

@@ -46,11 +46,21 @@ PUBLISHED: dict[str, dict[str, float]] = {
         **{"CF": 73.45, "CL": 41.73, "PC": 85.38, "RR": 56.98, "RT": 47.87, "STS": 80.70, "SM": 31.60},
         "average": 60.38,
     },
-    "jina-embeddings-v2-small-en": {"average": 58.00},
-    "all-MiniLM-L6-v2": {"average": 56.26},
-    "text-embedding-ada-002": {"average": 61.0},
+    "jina-embeddings-v2-small-en": {
+        **{"CF": 68.82, "CL": 40.08, "PC": 84.44, "RR": 55.09, "RT": 45.14, "STS": 80.00, "SM": 30.56},
+        "average": 58.00,
+    },
+    "all-MiniLM-L6-v2": {
+        **{"CF": 63.05, "CL": 42.35, "PC": 82.37, "RR": 58.04, "RT": 41.95, "STS": 78.90, "SM": 30.81},
+        "average": 56.26,
+    },
+    "text-embedding-ada-002": {
+        **{"CF": 70.93, "CL": 45.90, "PC": 84.89, "RR": 56.32, "RT": 49.25, "STS": 80.97, "SM": 30.80},
+        "average": 60.99,
+    },
 }
-"""The paper's table of MTEB; columns that we could not confirm are left out."""
+"""The paper's table of MTEB. The columns of small are the means of the 56 scores in its model card (base's card and
+the paper agree), those of all-MiniLM-L6-v2 and ada-002 are from the MTEB table in the cards of thenlper/gte-*."""
 
 PUBLISHED_LENGTHS: dict[str, dict[int, float]] = {
     "NarrativeQARetrieval": {128: 19.6, 512: 21.3, 8191: 39.4},
