@@ -12,15 +12,16 @@ vectors of one way are in memory, and of a sentence-transformers model `CACHE_BY
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from modeling_jina_bert import JinaBertModel, count_truncations
 
-from .late_chunking import Document, cut, weights_sha256
+from .late_chunking import Document, cut
+from .loading import Placement, check_finite, load_jina_bert, placed, weights_sha256
 from .sets import EvaluationError
 from .systems import EmbeddingModel, load_system
 
@@ -62,6 +63,7 @@ class Reader(Protocol):
 
     name: str
     settings: dict[str, object]
+    placed: dict[str, str | None]  # device and commit, for the records
     limit: int | None  # tokens that it can read at a time; None: any number
     kinds: Sequence[str]  # of `KINDS`
 
@@ -91,6 +93,7 @@ class JinaReader:
             "weights_sha256": weights_sha256(model),
             "limit": self.limit,
         }
+        self.placed = placed(model)
 
     @property
     def tokenizer(self):
@@ -100,16 +103,18 @@ class JinaReader:
         return self.whole(texts, None)
 
     def whole(self, texts: Sequence[str], tokens: int | None) -> np.ndarray:
-        if tokens is None:
-            return self.model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
-        with count_truncations():  # meant, so nothing is said
-            return self.model.encode(
-                list(texts), normalize_embeddings=True, show_progress_bar=False, max_length=tokens
-            )
+        limit = {} if tokens is None else {"max_length": tokens}
+        with count_truncations() if limit else nullcontext():  # a limit is meant, so nothing is said
+            vectors = self.model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, **limit)
+        check_finite(vectors, texts, self.name)
+        return vectors
 
     def late(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[np.ndarray]:
         found = self.model.encode_chunks(texts, spans, normalize_embeddings=True)
-        return [np.stack([chunk.embedding for chunk in chunks]) for chunks in found]
+        vectors = [np.stack([chunk.embedding for chunk in chunks]) for chunks in found]
+        for of_text, chunks in zip(vectors, found, strict=True):
+            check_finite(of_text, [chunk.text for chunk in chunks], self.name)
+        return vectors
 
 
 class SentenceReader:
@@ -122,6 +127,7 @@ class SentenceReader:
         self.limit: int | None = system.model.max_seq_length
         settings = system.settings
         self.settings = {name: settings[name] for name in ("dtype", "weights_sha256")} | {"limit": self.limit}
+        self.placed = system.placed
 
     @property
     def tokenizer(self):
@@ -141,29 +147,25 @@ class SentenceReader:
         raise NotImplementedError("late chunking needs a JinaBERT.")
 
 
-def load_jina(name: str) -> JinaReader:
-    """A JinaBERT in float32, by folder or Hub repository.
+def load_readers(models: Sequence[str], baselines: Sequence[str], placement: Placement) -> list[Reader]:
+    """JinaBERTs, and sentence-transformers models as in `load_system`, none twice.
 
-    Raises:
-        EvaluationError: It cannot be loaded.
-    """
-    try:
-        return JinaReader(name, JinaBertModel.from_pretrained(name, dtype=torch.float32))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())}).") from error
-
-
-def load_baseline(name: str) -> SentenceReader:
-    """A sentence-transformers model by name, as in `load_system`.
+    Args:
+        models: Names of JinaBERTs.
+        baselines: Names of the others.
+        placement: Which weights are loaded, where and how; baselines get the device alone.
 
     Raises:
         EvaluationError: It cannot be loaded, or is no embedding model.
         ImportError: It needs a package that is not installed.
     """
-    system = load_system(name, baseline=True)
-    if not isinstance(system, EmbeddingModel):
-        raise EvaluationError(f"--baseline {name}: is no embedding model.")
-    return SentenceReader(system)
+    readers: list[Reader] = [JinaReader(name, load_jina_bert(name, placement)) for name in dict.fromkeys(models)]
+    for name in dict.fromkeys(baselines):
+        system = load_system(name, placement=placement, baseline=True)
+        if not isinstance(system, EmbeddingModel):
+            raise EvaluationError(f"--baseline {name}: is no embedding model.")
+        readers.append(SentenceReader(system))
+    return readers
 
 
 def ways_of(reader: Reader, lengths: Sequence[int], chunks: Sequence[int]) -> list[Way]:

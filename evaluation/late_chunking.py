@@ -14,7 +14,6 @@ COST: a document is embedded once for all chunkings, naive chunks once for each;
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import shlex
@@ -27,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from modeling_jina_bert import JinaBertModel, sentence_spans
 
+from .command_line import add_placement, ending, placement_of
+from .loading import check_finite, load_jina_bert, placed, weights_sha256
 from .metrics import CUTOFF
 from .records import read_records, versions, write_records
 from .sets import EvaluationError, RetrievalSet, load_set
@@ -221,8 +221,11 @@ def vectors_of(
     found = [iter(row) for row in model.encode_chunks(texts, spans, normalize_embeddings=True, **window)]
     for chunking, of_all in chunks.items():
         places = [(index, span) for index, row in enumerate(of_all.spans) for span in row]
+        of_chunks = [texts[index][slice(*span)] for index, span in places]
         late = np.stack([next(found[index]).embedding for index, _ in places])
-        naive = model.encode([texts[index][slice(*span)] for index, span in places], normalize_embeddings=True)
+        naive = model.encode(of_chunks, normalize_embeddings=True)
+        for vectors in (naive, late):
+            check_finite(vectors, of_chunks, model.name_or_path)
         yield chunking, naive, late
 
 
@@ -234,7 +237,9 @@ def compare(
     Yields:
         The chunking, and `metrics` and `sizes` of its record.
     """
-    queries = model.encode(list(dataset.queries.values()), normalize_embeddings=True)
+    questions = list(dataset.queries.values())
+    queries = model.encode(questions, normalize_embeddings=True)
+    check_finite(queries, questions, model.name_or_path)
     groups = query_groups(dataset, documents)
     for chunking, naive, late in vectors_of(model, documents, chunks, **window):
         of_all = chunks[chunking]
@@ -249,15 +254,6 @@ def compare(
         }
         sizes = {**dataset.sizes, "contexts": len(documents), "chunks": len(naive)}
         yield chunking, {"metrics": metrics, "sizes": sizes}
-
-
-def weights_sha256(model: JinaBertModel) -> str:
-    """A hash of names and values of the weights, by which a retrained model is scored anew."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def evaluate(
@@ -281,6 +277,7 @@ def evaluate(
     """
     records = read_records(output)
     of_model = {"dtype": str(model.dtype).removeprefix("torch."), "weights_sha256": weights_sha256(model)}
+    provenance = {"versions": versions(), "command": source["command"]}
     results = []
     for name, (dataset, documents) in datasets.items():
         key = {"model": source["model"], "set": name}
@@ -288,7 +285,7 @@ def evaluate(
         known = {x: record for x, key in keys.items() for record in records if key.items() <= record.items()}
         missing = {x: cut(documents, x, model.tokenizer) for x in chunkings if x not in known}
         for chunking, scored in compare(model, dataset, documents, missing, **settings) if missing else ():
-            known[chunking] = {**keys[chunking], **scored, "versions": versions(), "command": source["command"]}
+            known[chunking] = {**keys[chunking], **scored, **placed(model), **provenance}
             records.append(known[chunking])
             write_records(output, records)
             logger.info("%s, %s: %s", name, chunking, scored["metrics"])
@@ -338,6 +335,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--overlap", type=int, default=256, help="tokens that a window of a longer document repeats")
     parser.add_argument("--output", required=True, type=Path, help="JSON file; a run goes on from what it holds")
     parser.add_argument("--markdown", type=Path, help="file for the table in Markdown")
+    add_placement(parser)
     return parser.parse_args(argv)
 
 
@@ -356,18 +354,14 @@ def run(arguments: argparse.Namespace, *, command: str) -> list[dict[str, Any]]:
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise EvaluationError(f"{path}: is a folder, or lies in none.")
     read_records(arguments.output)
+    placement = placement_of(arguments)
     datasets = {}
     for name in dict.fromkeys(arguments.sets):
         dataset = load_set(arguments.data, name)
         if not isinstance(dataset, RetrievalSet):
             raise EvaluationError(f"--sets {name}: is no retrieval set.")
         datasets[name] = (dataset, documents_of(dataset, read_titles(arguments.data, name)))
-    try:
-        model = JinaBertModel.from_pretrained(arguments.model, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(
-            f"--model {arguments.model}: cannot be loaded ({' '.join(str(error).split())})."
-        ) from error
+    model = load_jina_bert(arguments.model, placement)
     return evaluate(
         model,
         datasets,
@@ -379,16 +373,13 @@ def run(arguments: argparse.Namespace, *, command: str) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None):
-    """Entry point; a wrong input ends it with one line and status 2."""
+    """Entry point; it ends as `evaluation.command_line` says."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     arguments = parse_arguments(argv)
-    try:
+    with ending(arguments.output):
         records = run(arguments, command=shlex.join(["python", "-m", "evaluation.late_chunking", *argv]))
-    except EvaluationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     table = markdown(records)
     print(table, end="")
     if arguments.markdown:

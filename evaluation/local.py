@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .command_line import add_placement, ending, placement_of
 from .records import (
     Samples,
     read_records,
@@ -123,7 +124,7 @@ def evaluate(
                 continue
             started = time.monotonic()
             scored = score(system, dataset, protocol)
-            record = {**key, **_measured(dataset.task, scored, samples_id(key)), **provenance}
+            record = {**key, **_measured(dataset.task, scored, samples_id(key)), **system.placed, **provenance}
             record["seconds"] = round(time.monotonic() - started, 1)
             held.add(key, record, scored.samples)
             results.append(record)
@@ -184,6 +185,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--samples-per-label", type=int, default=8, help="texts a classifier learns from (default: %(default)s)"
     )
+    add_placement(parser)
     parser.add_argument("--force", action="store_true", help="compute scores again that the output has")
     return parser.parse_args(argv)
 
@@ -235,13 +237,15 @@ def run(arguments: argparse.Namespace, *, command: str) -> list[dict[str, Any]]:
     """
     check_arguments(arguments)
     protocol = Protocol(arguments.max_texts, arguments.runs, arguments.samples_per_label)
+    placement = placement_of(arguments)
     datasets = load_sets(arguments.data, arguments.sets)
     for dataset in datasets:
         protocol.cut(dataset)  # before the first text is embedded: it may leave too few texts
-    systems = [load_system(arguments.model, max_length=arguments.max_length)] if arguments.model else []
-    for name in dict.fromkeys(arguments.baseline):
-        if name != arguments.model:
-            systems.append(load_system(name, max_length=arguments.max_length, baseline=True))
+    baselines = [name for name in dict.fromkeys(arguments.baseline) if name != arguments.model]
+    systems = [
+        load_system(name, placement=placement, max_length=arguments.max_length, baseline=name != arguments.model)
+        for name in filter(None, [arguments.model, *baselines])
+    ]
     return evaluate(systems, datasets, arguments.output, command=command, protocol=protocol, force=arguments.force)
 
 
@@ -252,14 +256,8 @@ def main(argv: Sequence[str] | None = None):
     logger.setLevel(logging.INFO)
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
     arguments = parse_arguments(argv)
-    try:
+    with ending(arguments.output):
         records = run(arguments, command=shlex.join(["python", "-m", "evaluation.local", *argv]))
-    except (EvaluationError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {arguments.output}", file=sys.stderr)
-        sys.exit(130)
     header, rows = table_rows(records)
     print_table(header, rows)
     if arguments.markdown:

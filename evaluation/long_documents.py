@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 
 from .clustering import clusterings
+from .command_line import placement_of
 from .document_vectors import (
     ONE_VECTOR,
     DocumentVectors,
     Reader,
     Way,
     document_vectors,
-    load_baseline,
-    load_jina,
+    load_readers,
     ways_of,
 )
 from .late_chunking import rank
@@ -202,7 +202,7 @@ def evaluate(reader: Reader, datasets: Sequence[tuple[Dataset, int]], ways: Sequ
                 samples = score_retrieval(queries[dataset.name], found, dataset)
             else:
                 samples = score_clustering(found.vectors, dataset)
-            store.add(scored(record, samples, len(found.vectors), command), samples)
+            store.add({**scored(record, samples, len(found.vectors), command), **reader.placed}, samples)
 
 
 def scored(record: dict[str, Any], samples: Samples, vectors: int, command: str) -> dict[str, Any]:
@@ -248,11 +248,11 @@ def run(arguments: argparse.Namespace, *, command: str) -> Store:
         EvaluationError: Something it names is missing or malformed.
     """
     check(arguments)
+    placement = placement_of(arguments)
     store = ANSWER.store(arguments.output)
     datasets = load_sets(arguments.sets, arguments.data)
     sampled = [sample(dataset, arguments.documents) for dataset in datasets]
-    readers: list[Reader] = [load_jina(name) for name in dict.fromkeys(arguments.model)]
-    readers += [load_baseline(name) for name in dict.fromkeys(arguments.baseline)]
+    readers = load_readers(arguments.model, arguments.baseline, placement)
     together: dict[tuple[str, ...], list[tuple[Dataset, int]]] = {}
     for whole, dataset in zip(datasets, sampled, strict=True):
         key = (dataset.task, *documents_of(dataset))
@@ -264,7 +264,7 @@ def run(arguments: argparse.Namespace, *, command: str) -> Store:
 
 
 def main(argv: Sequence[str] | None = None):
-    """Entry point; a wrong input ends it with one line and status 2."""
+    """Entry point; it ends as `evaluation.command_line` says."""
     run_command(argv, module="evaluation.long_documents", logger=logger, parse=parse_arguments, run=run, answer=ANSWER)
 
 

@@ -30,7 +30,8 @@ from transformers.utils import logging as transformers_logging
 from modeling_jina_bert.masking import CORRUPTION
 
 from .length_plot import caption, markdown, matplotlib_figure, points, table_rows, write_plot
-from .mlm_models import MaskedLM, load_masked_lm, score_text, weights_sha256
+from .loading import weights_sha256
+from .mlm_models import MaskedLM, load_masked_lm, score_text
 from .mlm_texts import SPECIAL_TOKENS, MaskedText, fingerprint, masked_texts
 from .records import read_records, write_records
 from .sets import EvaluationError

@@ -5,7 +5,6 @@ exists. COST: logits of `LOGITS_BLOCK` positions and the hidden states of `TOKEN
 time; the attention of BERT takes time quadratic in the length.
 """
 
-import hashlib
 import logging
 import math
 from dataclasses import dataclass
@@ -167,15 +166,6 @@ def score_text(masked_lm: MaskedLM, text: MaskedText, *, length: int, positions:
     if not math.isfinite(loss):
         raise EvaluationError(f"model {masked_lm.name}: the loss at {length} tokens is {loss} on {text.place}.")
     return Score(targets, correct, loss)
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """A hash of names and values, by which a retrained model is scored anew."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def load_masked_lm(name: str, source: str, *, device: str = "cpu") -> MaskedLM:

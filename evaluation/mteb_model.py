@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from modeling_jina_bert import JinaBertConfig
+
+from .loading import MINILM, Placement, is_official_form, load_sentence_transformer, placed
 from .mteb_training import TRAINING_CODE, Training
 from .sets import EvaluationError
-from .systems import MINILM, EmbeddingModel, load_minilm
+from .systems import EmbeddingModel
 
 try:
     from huggingface_hub import ModelCard
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
     from torch.utils.data import DataLoader
 
-DTYPES = ("float32", "bfloat16", "float16")
 NORMALIZE = ("model", "always", "never")
 """Length 1: as the model's modules.json says, always, or never (the paper's own run, before modules.json said so)."""
 MINILM_NAME = f"sentence-transformers/{MINILM}"
@@ -47,7 +48,7 @@ class TextEncoder(AbsEncoder):
         revision: Commit or branch of the repository.
         device: Where it computes; None is a GPU if there is one.
         max_length: Tokens a text is cut at; None is the model's own limit.
-        dtype: One of `DTYPES`.
+        dtype: One of `evaluation.loading.DTYPES`.
         normalize: One of `NORMALIZE`.
         training: How it was trained, for the `ModelMeta`; None is unknown.
 
@@ -66,7 +67,8 @@ class TextEncoder(AbsEncoder):
         normalize: str = "model",
         training: Training | None = None,
     ):
-        self.model = _load(model_name, revision, device=device, dtype=dtype)
+        source = MINILM if model_name == MINILM_NAME else model_name
+        self.model = load_sentence_transformer(source, Placement(device, dtype, revision))
         own_limit = self.model.max_seq_length
         tables = [p for name, p in self.model.named_parameters() if name.endswith("position_embeddings.weight")]
         positions = min((table.shape[0] for table in tables), default=None)
@@ -75,7 +77,7 @@ class TextEncoder(AbsEncoder):
         if normalize == "never":
             self.model = _without_normalize(self.model)
         self.normalized = normalize == "always" or any(isinstance(module, Normalize) for module in self.model)
-        self.name = model_name
+        self.name, self.asked_revision = model_name, revision
         settings = EmbeddingModel(model_name, self.model, max_length=max_length).settings
         self.model_prompts = {name: prompt for name, prompt in self.model.prompts.items() if prompt}
         self.texts: Counter[str] = Counter()  # what was embedded for each task, and how many texts were cut
@@ -87,7 +89,7 @@ class TextEncoder(AbsEncoder):
         }
         self.experiment = {name: value for name, value in differs.items() if value is not None}
         self.settings = {**settings, "normalized": self.normalized, "prompts": self.model_prompts}
-        self.revision = _revision(self.model, revision) or f"weights-{self.settings['weights_sha256'][:12]}"
+        self.revision = placed(self.model)["revision"] or revision or f"weights-{self.settings['weights_sha256'][:12]}"
         self.settings |= {"revision": self.revision, "device": str(self.model.device)}
         self.mteb_model_meta = meta_of(self, model_name, training)
 
@@ -126,35 +128,11 @@ class TextEncoder(AbsEncoder):
         return encode
 
 
-def _load(name: str, revision: str | None, *, device: str | None, dtype: str) -> SentenceTransformer:
-    if name in (MINILM, MINILM_NAME):
-        return load_minilm().to(device=device or "cpu", dtype=getattr(torch, dtype))
-    folder = Path(name)
-    if not folder.is_dir() and (folder.is_absolute() or (folder.parent.is_dir() and folder.parent != Path())):
-        raise EvaluationError(f"--model {name}: no such folder.")
-    try:
-        return SentenceTransformer(
-            name,
-            revision=revision,
-            device=device,
-            trust_remote_code=True,
-            model_kwargs={"dtype": getattr(torch, dtype)},
-        )
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())}).") from error
-
-
 def _without_normalize(model: SentenceTransformer) -> SentenceTransformer:
     kept = [module for module in model if not isinstance(module, Normalize)]
     bare = SentenceTransformer(modules=kept, device=str(model.device), prompts=model.prompts)
     bare.max_seq_length = model.max_seq_length
     return bare
-
-
-def _revision(model: SentenceTransformer, asked: str | None) -> str | None:
-    """The commit that was loaded from the Hub; None for a local folder."""
-    config = getattr(getattr(model[0], "auto_model", None), "config", None)
-    return getattr(config, "_commit_hash", None) or asked
 
 
 def mteb_name(model_name: str) -> str:
@@ -200,7 +178,7 @@ def meta_of(encoder: TextEncoder, model_name: str, training: Training | None) ->
         embed_dim=encoder.model.get_embedding_dimension(),
         license=_license(model_name),
         open_weights=True,
-        public_training_code=TRAINING_CODE if _is_ours(encoder.model) else None,
+        public_training_code=TRAINING_CODE if _is_ours(encoder, model_name) else None,
         public_training_data=training.data if training else None,
         training_datasets=set(training.tasks) if training else None,
         adapted_from=training.teacher if training else None,
@@ -212,10 +190,11 @@ def meta_of(encoder: TextEncoder, model_name: str, training: Training | None) ->
     )
 
 
-def _is_ours(model: SentenceTransformer) -> bool:
-    """Whether it has our `model_type`: what this project trains. The released models are known to mteb by name."""
-    config = getattr(getattr(model[0], "auto_model", None), "config", None)
-    return getattr(config, "model_type", None) == "jina_bert"
+def _is_ours(encoder: TextEncoder, model_name: str) -> bool:
+    """Whether it has our `model_type`: what this project trains. The released models have the official form."""
+    config = getattr(getattr(encoder.model[0], "auto_model", None), "config", None)
+    ours = getattr(config, "model_type", None) == JinaBertConfig.model_type
+    return ours and not is_official_form(model_name, encoder.asked_revision)
 
 
 def _license(model_name: str) -> str | None:

@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from .mteb_model import DTYPES, NORMALIZE, TextEncoder, mteb_name
+from .command_line import ending
+from .loading import DTYPES
+from .mteb_model import NORMALIZE, TextEncoder, mteb_name
 from .mteb_tasks import CATEGORIES, LOCO, PAPER, PUBLISHED, PUBLISHED_LENGTHS, load_task, paper_tasks, select_tasks
 from .mteb_training import TINY, Training
 from .records import read_records, versions, write_records
@@ -332,16 +334,13 @@ def run(arguments: argparse.Namespace, *, command: str) -> tuple[list[dict[str, 
 
 
 def main(argv: Sequence[str] | None = None):
-    """Entry point; a wrong input ends it with one line and status 2, a failed task with one line each and status 1."""
+    """Entry point; a failed task is one line each and status 1, else it ends as `evaluation.command_line` says."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     arguments = parse_arguments(argv)
-    try:
+    with ending(arguments.output):
         records, failures = run(arguments, command=shlex.join(["python", "-m", "evaluation.mteb_run", *argv]))
-    except (EvaluationError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     if records:
         print((arguments.output / TABLE).read_text(encoding="utf-8"), end="")
         print(json.dumps({"scores": str(arguments.output / SCORES), "table": str(arguments.output / TABLE)}))

@@ -26,7 +26,8 @@ import numpy as np
 
 from modeling_jina_bert import sentence_spans
 
-from .document_vectors import KINDS, SPECIAL_TOKENS, Reader, Way, document_vectors, load_baseline, load_jina, ways_of
+from .command_line import placement_of
+from .document_vectors import KINDS, SPECIAL_TOKENS, Reader, Way, document_vectors, load_readers, ways_of
 from .late_chunking import rank
 from .length_plot import matplotlib_figure
 from .metrics import retrieval_samples, scores
@@ -196,7 +197,7 @@ def evaluate(reader: Reader, plan: Plan, store: Store, *, kinds: Sequence[str], 
                 value = scores("retrieval", samples)[MEASURE]
                 metrics = {MEASURE: value, "interval_95": intervals("retrieval", samples)[MEASURE]}
                 record = {**keys[way], "task": "retrieval", "metrics": metrics, "sizes": {"documents": len(texts)}}
-                store.add({**record, "versions": versions(), "command": command}, samples)
+                store.add({**record, **reader.placed, "versions": versions(), "command": command}, samples)
                 logger.info(
                     "%s, %s of %s tokens, %s %s, depth %s: %.3f",
                     reader.name, len(texts), f"{length:,}", way.kind, way.tokens, depth, value,
@@ -359,9 +360,9 @@ def run(arguments: argparse.Namespace, *, command: str) -> Store:
         EvaluationError: Something it names is missing or malformed.
     """
     check(arguments)
+    placement = placement_of(arguments)
     store = ANSWER.store(arguments.output)
-    readers: list[Reader] = [load_jina(name) for name in dict.fromkeys(arguments.model)]
-    readers += [load_baseline(name) for name in dict.fromkeys(arguments.baseline)]
+    readers = load_readers(arguments.model, arguments.baseline, placement)
     plan = plan_of(arguments, readers[0].tokenizer)
     for reader in readers:
         evaluate(reader, plan, store, kinds=arguments.kinds, chunk=arguments.chunk, command=command)
@@ -369,7 +370,7 @@ def run(arguments: argparse.Namespace, *, command: str) -> Store:
 
 
 def main(argv: Sequence[str] | None = None):
-    """Entry point; a wrong input ends it with one line and status 2."""
+    """Entry point; it ends as `evaluation.command_line` says."""
     run_command(argv, module="evaluation.needle", logger=logger, parse=parse_arguments, run=run, answer=ANSWER)
 
 

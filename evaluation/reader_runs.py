@@ -1,6 +1,6 @@
 """What the commands that compare readers of long documents share: options, records on disk, how they begin and end.
 
-Laws: a record is on disk as soon as its way is scored; a wrong input ends a command with one line and status 2.
+Law: a record is on disk as soon as its way is scored.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .command_line import add_placement, ending
 from .records import Samples, read_records, read_samples, samples_id, samples_path, write_records, write_samples
 from .sets import EvaluationError
 
@@ -71,7 +72,7 @@ class Answer:
 
 
 def reader_parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options --model, --baseline and --output.
+    """A parser with the options --model, --baseline, --output and those of `add_placement`.
 
     Args:
         module: Of the command, for example "evaluation.needle".
@@ -83,6 +84,7 @@ def reader_parser(module: str, description: str | None) -> argparse.ArgumentPars
         "--baseline", action="append", default=[], help="all-MiniLM-L6-v2 or a sentence-transformers model; repeatable"
     )
     parser.add_argument("--output", required=True, type=Path, help="folder; a run goes on from what it holds")
+    add_placement(parser)
     return parser
 
 
@@ -103,7 +105,7 @@ def run_command(
     run: Callable[..., Store],
     answer: Answer,
 ):
-    """Runs a command, writes its answer and prints the table; a wrong input ends it with one line and status 2.
+    """Runs a command, writes its answer and prints the table; it ends as `evaluation.command_line` says.
 
     Args:
         argv: Words after the name of the command; None takes those of this process.
@@ -117,11 +119,8 @@ def run_command(
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
     arguments = parse(argv)
-    try:
+    with ending(arguments.output):
         store = run(arguments, command=shlex.join(["python", "-m", module, *argv]))
-    except (EvaluationError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     table = answer.markdown(store.records, store.samples)
     (arguments.output / answer.table).write_text(table, encoding="utf-8")
     answer.write_figure(arguments.output / answer.figure, store.records)

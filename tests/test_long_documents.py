@@ -12,6 +12,7 @@ import zstandard
 from conftest import REPOSITORY, SHIPPED, tiny_config
 from sentence_transformers import SentenceTransformer
 
+from evaluation import document_vectors as document_vectors_module
 from evaluation import long_documents, needle
 from evaluation.document_vectors import (
     DocumentVectors,
@@ -158,8 +159,8 @@ def as_model(monkeypatch, model):
             calls.append((len(texts), tokens))
             return super().whole(texts, tokens)
 
-    for module in (long_documents, needle):
-        monkeypatch.setattr(module, "load_jina", lambda name: Counting(name, model))
+    monkeypatch.setattr(document_vectors_module, "load_jina_bert", lambda *_: model)
+    monkeypatch.setattr(document_vectors_module, "JinaReader", Counting)
     return calls
 
 

@@ -222,7 +222,7 @@ WRONG = {
     "--tasks NoSuchTask": "--tasks NoSuchTask: is no task or benchmark of mteb",
     "--tasks ir/Facts --max-length 2": "--max-length 2: the least is 3 tokens",
     "--tasks ir/Facts --name tiny": "--name tiny: is not OWNER/NAME.",
-    "--tasks ir/Facts --model /no/such/folder": "--model /no/such/folder: no such folder.",
+    "--tasks ir/Facts --model /no/such/folder": "model /no/such/folder: no such folder.",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 import zstandard
 from conftest import REPOSITORY, SHIPPED
 
+from evaluation.loading import weights_sha256
 from evaluation.robustness import agreement, main, measure, padded, ranking_scores, table_rows
 from evaluation.set_types import RetrievalSet
 from modeling_jina_bert import JinaBertModel
@@ -43,7 +44,10 @@ def test_a_ranking_is_scored_by_the_cosine():
 
 
 def test_the_shipped_model(dataset):
-    found = {record["variation"]: record for record in measure(str(SHIPPED), dataset)}
+    measured = measure(str(SHIPPED), dataset)
+    assert measured["settings"]["dtype"] == "float32"
+    assert measured["settings"]["weights_sha256"] == weights_sha256(JinaBertModel.from_pretrained(SHIPPED))
+    found = {record["variation"]: record for record in measured["records"]}
     assert found["reference"]["cosine_min"] == pytest.approx(1.0, abs=1e-6)
     for name in ("each text alone", "order of the texts reversed", "64 tokens of padding", "lower case"):
         assert found[name]["cosine_min"] > 1 - 1e-5, name  # the tokenizer takes lower case of everything

@@ -86,7 +86,7 @@ class HandMade:
 
     def __init__(self, vectors: dict[str, list[float]], *, name: str = "hand", seed: int = 0):
         self.name, self.vectors, self.calls = name, vectors, 0
-        self.settings = {"kind": "hand", "seed": seed}
+        self.settings, self.placed = {"kind": "hand", "seed": seed}, {}
 
     def rank(self, queries, documents, k):
         self.calls += 1
