@@ -32,8 +32,8 @@ _DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}  # precision -> what tr
 
 _LLAMA = """
 import {getLlama, LlamaLogLevel} from "node-llama-cpp";
-import {readFileSync} from "node:fs";
-const {file, sequences, texts, rounds, threads} = JSON.parse(readFileSync(0, "utf-8"));
+import {text} from "node:stream/consumers";
+const {file, sequences, texts, rounds, threads} = JSON.parse(await text(process.stdin));
 const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error, progressLogs: false});
 const model = await llama.loadModel({modelPath: file});
 const size = Math.max(...sequences.map((x) => x.length), 8) + 8;
@@ -45,15 +45,15 @@ for (let round = 0; round < rounds; round++) {
   for (const ids of sequences) await context.getEmbeddingFor([...ids]);
   seconds.push((performance.now() - start) / 1000);
 }
-const tokens = texts.map((text) => Array.from(model.tokenize(text)));
+const tokens = texts.map((x) => Array.from(model.tokenize(x)));
 process.stdout.write("RESULT" + JSON.stringify({vectors, seconds, tokens}) + "\\n", () => process.exit(0));
 """
 
 _TRANSFORMERS_JS = """
 import {env, AutoModel, Tensor} from "@huggingface/transformers";
-import {readFileSync} from "node:fs";
+import {text} from "node:stream/consumers";
 import {dirname, basename} from "node:path";
-const {file, sequences, dtype, rounds, threads} = JSON.parse(readFileSync(0, "utf-8"));
+const {file, sequences, dtype, rounds, threads} = JSON.parse(await text(process.stdin));
 env.allowRemoteModels = false;
 env.localModelPath = dirname(file);
 const model = await AutoModel.from_pretrained(basename(file), {
