@@ -13,7 +13,7 @@ from training import corpus
 from training.corpus_recipe import Quality
 from training.corpus_steps import LinguaFilter, QualityFilter, ShardFiles, TokenShards, hold, share, windows
 from training.recipe import RecipeError, Source
-from training.sources import open_source
+from training.source_files import open_source
 
 
 def test_an_unfinished_task_has_no_shards(tmp_path):

@@ -29,6 +29,7 @@ def hub(tmp_path):
     with serve(datasets) as (endpoint, requests):
         environment = {
             **os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+            "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets"),
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         yield environment, requests
@@ -45,7 +46,7 @@ def test_only_the_rows_asked_for_are_fetched(hub):
     program = """
 from training.contrastive import load_sources
 from training.recipe import ContrastiveRecipe, Source
-from training.sources import open_source
+from training.source_files import open_source
 source = Source(name="numbers", hub="me/pairs", anchor="question", positive="answer")
 stream = open_source(source, ".", streaming=True)
 print(next(iter(stream)))
@@ -59,6 +60,35 @@ print(sorted(rows.column_names), len(rows), rows[19]["anchor"], len(rows.cache_f
     fetched = [request for request in requests if request.startswith("GET") and "/resolve/" in request]
     assert any("train-0.jsonl" in request for request in fetched)
     assert not any("train-1.jsonl" in request for request in fetched)
+
+
+@pytest.mark.parametrize("num_negatives", [0, 2])
+def test_another_process_finds_the_rows_in_the_cache(hub, num_negatives):
+    """A second rank, or a run that is resumed: no data are fetched again, and what was made of them is the same."""
+    environment, requests = hub
+    program = f"""
+from training.pair_sources import load_sources
+from training.recipe import ContrastiveRecipe, Source
+source = Source(name="numbers", hub="me/pairs", anchor="question", positive="answer", negatives=None)
+recipe = ContrastiveRecipe(
+    sources=[source], max_rows=MAX_ROWS, num_negatives={num_negatives}, fill_negatives="random"
+)
+rows = load_sources(recipe)["numbers"]
+print(len(rows), rows.cache_files[0]["filename"], rows._fingerprint, rows[77 % len(rows)])
+"""
+    outputs, fetched = [], []
+    for max_rows in ("None", "None", "50"):
+        requests.clear()
+        process = python(["-c", program.replace("MAX_ROWS", max_rows)], environment)
+        assert process.returncode == 0, process.stderr
+        outputs.append(process.stdout)
+        fetched.append(sum(request.startswith("GET") and "/resolve/" in request for request in requests))
+    assert fetched[0] >= 2
+    assert fetched[1] == 0
+    assert outputs[1] == outputs[0]
+    assert outputs[0].startswith("200 ")
+    assert fetched[2] > 0  # other rows are asked for
+    assert outputs[2].startswith("50 ")
 
 
 def test_training_on_a_hub_data_set(hub, tmp_path):

@@ -31,7 +31,7 @@ from training.consistency import compared, load_pool, load_teacher, smallest_has
 from training.corpus_recipe import Executor
 from training.pair_recipe import Consistency, check, step_names
 from training.recipe import RecipeError, Source, save_recipe
-from training.sources import open_source
+from training.source_files import open_source
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from modeling_jina_bert import JinaBertConfig, JinaBertModel
 from training.recipe import ContrastiveRecipe, MLMRecipe, RecipeError, Source, load_recipe, training_arguments
-from training.sources import check_columns, open_source, sequences
+from training.source_files import check_columns, open_source
+from training.sources import sequences
 
 RECIPES = sorted(
     path

@@ -177,12 +177,8 @@ def _check_names(recipe: CorpusRecipe):
 
 
 def _check_source(source: Source, data_dir: str):
-    from .sources import check_columns, open_source
+    from .source_files import check_source
 
     if source.tokens is not None or source.heldout_share:
         raise RecipeError(f"source {source.name}: tokens and heldout_share are for stage I, not for its preparation.")
-    rows = open_source(source, data_dir, streaming=True)
-    check_columns(rows, source, [source.text])
-    value = next(iter(rows))[source.text]
-    if value is not None and not isinstance(value, str):
-        raise RecipeError(f"source {source.name}: column {source.text!r} holds {type(value).__name__}, not text.")
+    check_source(source, data_dir, [source.text])

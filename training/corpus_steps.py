@@ -126,12 +126,13 @@ class CorpusReader(PipelineStep):
         self.data_dir = data_dir
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        from .sources import open_source
+        from .source_files import open_source, readable, text_of
 
         yield from data or ()
         name, column = self.source.name, self.source.text
         rows = open_source(self.source, self.data_dir, streaming=True).select_columns([column])
-        for index, row in share(rows, rank, world_size):
+        for index, row in readable(self.source, share(rows, rank, world_size)):
+            text_of(row[column], self.source, column, index)
             text = row[column] or ""
             tally(self, name, text)
             if text.strip():

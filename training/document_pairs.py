@@ -28,10 +28,9 @@ from omegaconf import MISSING
 from modeling_jina_bert.chunking import sentence_spans
 
 from .executors import check_output
-from .mining_recipe import reading
 from .mining_texts import replacing, text_hashes
 from .recipe import RecipeError, Source, load_recipe, override, save_recipe
-from .sources import check_columns, open_source
+from .source_files import check_source, open_source, readable, text_of
 
 
 class Kind(str, Enum):
@@ -172,8 +171,7 @@ def write_pairs(recipe: DocumentPairsRecipe) -> dict[str, int]:
         raise RecipeError(f"document_words={recipe.document_words} is below three times max_words.")
     check_output(recipe, what="pairs of documents")
     for source in recipe.sources:
-        with reading(source):
-            check_columns(open_source(source, recipe.data_dir, streaming=True), source, [source.text])
+        check_source(source, recipe.data_dir, [source.text])
     save_recipe(recipe, recipe.output_dir)
     written = {}
     for source in recipe.sources:
@@ -194,12 +192,11 @@ def _pairs_of(source: Source, recipe: DocumentPairsRecipe) -> Iterator[tuple[str
     pairs_of = partial(sentence_pairs, min_words=recipe.min_words, max_words=recipe.max_words)
     if recipe.kind is Kind.passages:
         pairs_of = partial(passage_pairs, **pairs_of.keywords, document_words=recipe.document_words)
-    with reading(source):
-        rows = open_source(source, recipe.data_dir, streaming=True)
-        if recipe.max_documents is not None:
-            rows = rows.take(recipe.max_documents)
-        for row in rows:
-            yield from pairs_of(row[source.text])
+    rows = open_source(source, recipe.data_dir, streaming=True)
+    if recipe.max_documents is not None:
+        rows = rows.take(recipe.max_documents)
+    for index, row in enumerate(readable(source, rows)):
+        yield from pairs_of(text_of(row[source.text], source, source.text, index))
 
 
 def main():

@@ -7,17 +7,15 @@ begun with the same recipe on the same files; otherwise a `RecipeError` names wh
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from datasets.exceptions import DatasetsError
 from omegaconf import MISSING, OmegaConf
 
 from .recipe import RecipeError, Source
-from .sources import check_columns, open_source
+from .source_files import check_source
 
 BM25 = "bm25"
 MINILM = "all-MiniLM-L6-v2"
@@ -166,21 +164,8 @@ def check(recipe: MiningRecipe):
         _check_model(key, model)
     columns = [(source, [source.anchor, source.positive]) for source in recipe.sources]
     for source, names in [*columns, *([(recipe.corpus, [recipe.corpus.text])] if recipe.corpus else [])]:
-        with reading(source):
-            check_columns(open_source(source, recipe.data_dir, streaming=True), source, names)
+        check_source(source, recipe.data_dir, names)
     _check_output(recipe)
-
-
-@contextmanager
-def reading(source: Source) -> Iterator[None]:
-    """Turns what damaged files raise (pyarrow's errors are ValueErrors) into a `RecipeError` that names the source."""
-    try:
-        yield
-    except RecipeError:
-        raise
-    except (ValueError, OSError, DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RecipeError(f"source {source.name}: cannot be read ({reason}).") from error
 
 
 def _check_choices(recipe: MiningRecipe):

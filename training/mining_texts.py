@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from .mining_recipe import MiningRecipe, reading
+from .mining_recipe import MiningRecipe
 from .recipe import RecipeError, Source
-from .sources import open_source
+from .source_files import open_source, readable
 
 _BATCH = 1000
 """Rows read at a time."""
@@ -192,12 +192,7 @@ def _batches(source: Source, data_dir: str, columns: list[str], limit: int | Non
     """Columns of a source, some rows at a time; every value is a text or None."""
     rows = open_source(source, data_dir, streaming=True).select_columns(columns)
     rows = rows if limit is None else rows.take(limit)
-    batches = rows.iter(batch_size=_BATCH)
-    while True:
-        with reading(source):
-            batch = next(batches, None)
-        if batch is None:
-            return
+    for batch in readable(source, rows.iter(batch_size=_BATCH)):
         for column in columns:
             for value in batch[column]:
                 if value is not None and not isinstance(value, str):

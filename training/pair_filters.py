@@ -29,8 +29,9 @@ from datatrove.pipeline.filters.gopher_quality_filter import STOP_WORDS
 
 from .corpus_steps import Removed, share, tally, windows
 from .mining_texts import normalised, replacing
-from .pair_recipe import PairLanguage, readable, text_of
+from .pair_recipe import PairLanguage
 from .recipe import Source
+from .source_files import open_source, readable, text_of
 
 SCHEMA = pa.schema([("query", pa.string()), ("positive", pa.string())])
 _ROWS = 2000  # of a row group, held in memory for each source
@@ -83,8 +84,6 @@ class PairReader(PipelineStep):
         self.data_dir = data_dir
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        from .sources import open_source
-
         yield from data or ()
         source, columns = self.source, (self.source.anchor, self.source.positive)
         rows = open_source(source, self.data_dir, streaming=True).select_columns(list(columns))

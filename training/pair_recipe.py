@@ -6,11 +6,8 @@ is new or was begun with the same recipe; otherwise a `RecipeError` names what i
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import islice
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -18,9 +15,6 @@ from .corpus_recipe import Executor
 from .executors import check_output
 from .mining_recipe import MINILM, MINILM_PACKAGE
 from .recipe import RecipeError, Source
-
-_CHECKED_ROWS = 1000
-"""Rows of each source that are looked at before any work."""
 
 
 @dataclass
@@ -159,53 +153,11 @@ def _check_languages(language: PairLanguage):
 
 
 def _check_source(source: Source, data_dir: str):
-    from .sources import check_columns, open_source
+    from .source_files import check_source
 
     if source.tokens is not None or source.heldout_share:
         raise RecipeError(f"source {source.name}: tokens and heldout_share are not for preparation.")
-    columns = [source.anchor, source.positive]
-    try:
-        rows = open_source(source, data_dir, streaming=True)
-        check_columns(rows, source, columns)
-    except RecipeError:
-        raise
-    except Exception as error:  # zstandard, gzip, pyarrow, json, datasets and the Hub each have their own
-        raise unreadable(source, error) from error
-    for index, row in enumerate(islice(readable(source, rows.select_columns(columns)), _CHECKED_ROWS)):
-        for column in columns:
-            text_of(row[column], source, column, index)
-
-
-def readable(source: Source, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows; what goes wrong while they are decoded is a `RecipeError` that names the source."""
-    try:
-        yield from rows
-    except Exception as error:
-        raise unreadable(source, error) from error
-
-
-def unreadable(source: Source, error: Exception) -> RecipeError:
-    """The message for a source that cannot be decoded."""
-    causes = [error]  # datasets wraps what went wrong
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
-    reason = " ".join(f"{type(causes[-1]).__name__}: {causes[-1]}".split())
-    return RecipeError(f"source {source.name}: cannot be read: {reason[:300]}")
-
-
-def text_of(value: Any, source: Source, column: str, index: int) -> str:
-    """A text without whitespace around it, "" for null.
-
-    Raises:
-        RecipeError: Something else than text.
-    """
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise RecipeError(
-            f"source {source.name}: column {column!r} holds {type(value).__name__}, not text (row {index})."
-        )
-    return value.strip()
+    check_source(source, data_dir, [source.anchor, source.positive])
 
 
 def _check_teacher(consistency: Consistency):

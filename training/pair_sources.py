@@ -4,23 +4,32 @@ Laws: columns are anchor, positive and exactly `num_negatives` negatives, all of
 `RecipeError` that names the source and the row. The rows of one anchor are trained on or held out together, by a hash
 of the anchor, in every run alike.
 
-COST: rows are kept on disk, memory-mapped (the cache of `datasets`); a Hub data set is fetched no further than
-`max_rows`.
+COST: rows are kept on disk, memory-mapped (the cache of `datasets`), where other processes and runs find them; a Hub
+data set is fetched once a revision and no further than `max_rows`. In memory 16 bytes a row while negatives are
+filled.
 """
 
 import fnmatch
 import logging
 from collections.abc import Iterator
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset_builder
+from datasets.fingerprint import Hasher
 
+from .mining_texts import Texts, text_hashes
 from .recipe import ContrastiveRecipe, RecipeError, Source
-from .sources import check_columns, is_heldout, open_source
+from .source_files import check_columns, check_files, open_source, readable, reading
+from .sources import is_heldout
 
 logger = logging.getLogger(__name__)
+
+D = TypeVar("D", Dataset, IterableDataset)
+
+_VERSION = 1
+"""Of what is made of rows here; another one finds nothing of this one's in the cache."""
 
 
 def load_sources(recipe: ContrastiveRecipe) -> DatasetDict:
@@ -47,10 +56,8 @@ def load_sources(recipe: ContrastiveRecipe) -> DatasetDict:
             raise RecipeError(f"source {source.name}: weight={source.weight} is not above 0.")
         if not 0 <= source.heldout_share < 1:
             raise RecipeError(f"source {source.name}: heldout_share={source.heldout_share} is not in [0, 1).")
-        try:
+        with reading(source):
             loaded[source.name] = _load_source(source, recipe, seed)
-        except DatasetGenerationError as error:  # a file that is cut off, or is not what its name says
-            raise RecipeError(f"source {source.name}: {error.__cause__ or error}") from error
         logger.info("source %s: %d rows", source.name, len(loaded[source.name]))
     return DatasetDict(loaded)
 
@@ -82,30 +89,74 @@ def split_heldout(datasets: DatasetDict, recipe: ContrastiveRecipe) -> tuple[Dat
 
 
 def _load_source(source: Source, recipe: ContrastiveRecipe, seed: int) -> Dataset:
-    dataset = open_source(source, recipe.data_dir, streaming=source.hub is not None)
-    columns = {source.anchor: "anchor", source.positive: "positive"}
-    if len(columns) < 2:
+    if source.anchor == source.positive:
         raise RecipeError(f"source {source.name}: anchor and positive are the same column, {source.anchor!r}.")
+    dataset = (_from_hub if source.hub is not None else _from_files)(source, recipe)
+    if not len(dataset):
+        raise RecipeError(_no_pairs(source))
+    if recipe.max_rows is not None and len(dataset) > recipe.max_rows:
+        dataset = dataset.shuffle(seed=seed).select(range(recipe.max_rows))
+    if not recipe.num_negatives:
+        return dataset
+    columns = [name for name in dataset.column_names if name not in ("anchor", "positive")]
+    negatives = _Negatives(dataset, columns, source, recipe, seed)
+    # remove_columns goes first: a column of the input may have the name of a new one.
+    dataset = dataset.map(negatives, with_indices=True, remove_columns=columns)
+    return dataset.select_columns(["anchor", "positive", *(f"negative_{i + 1}" for i in range(recipe.num_negatives))])
+
+
+def _no_pairs(source: Source) -> str:
+    return f"source {source.name}: all pairs are empty or have anchor == positive."
+
+
+def _from_files(source: Source, recipe: ContrastiveRecipe) -> Dataset:
+    """The pairs of a local source."""
+    if source.path is not None:
+        check_files(source, recipe.data_dir)
+    check_columns(open_source(source, recipe.data_dir, streaming=True), source, [])  # no rows: no data set on disk
+    rows = open_source(source, recipe.data_dir, streaming=False)
+    dataset = _pairs(rows, source, recipe)
+    if len(dataset) < len(rows):
+        logger.info("source %s: %d rows without a pair are left out", source.name, len(rows) - len(dataset))
+    return dataset
+
+
+def _from_hub(source: Source, recipe: ContrastiveRecipe) -> Dataset:
+    """The first `max_rows` pairs of a Hub data set, on disk; fetched if the cache does not have them.
+
+    Without a fingerprint the cache would go by the stream, which is another one in each process.
+    """
+    revision = load_dataset_builder(source.hub, source.hub_config).hash
+    wanted = [source.hub, revision, source.hub_config, source.split, source.anchor, source.positive, recipe.max_rows]
+    wanted += [source.negatives if recipe.num_negatives else None, _VERSION]
+    rows = {"source": source, "recipe": recipe}
+    return Dataset.from_generator(_stream, gen_kwargs=rows, fingerprint=Hasher.hash(wanted))
+
+
+def _stream(source: Source, recipe: ContrastiveRecipe) -> Iterator[dict[str, Any]]:
+    rows = _pairs(open_source(source, recipe.data_dir, streaming=True), source, recipe)
+    row = None
+    for row in rows if recipe.max_rows is None else rows.take(recipe.max_rows):
+        yield row
+    if row is None:
+        raise RecipeError(_no_pairs(source))
+
+
+def _pairs(dataset: D, source: Source, recipe: ContrastiveRecipe) -> D:
+    """Columns anchor, positive and those of the negatives; rows with two different texts.
+
+    Raises:
+        RecipeError: No rows, or no such column; something that is no text, when it is read.
+    """
+    columns = {source.anchor: "anchor", source.positive: "positive"}
     negatives = []
     if recipe.num_negatives and source.negatives is not None:
-        names = dataset.column_names or list(next(iter(dataset), {}))
+        names = dataset.column_names or list(next(readable(source, dataset), {}))
         negatives = fnmatch.filter(names, source.negatives) or [source.negatives]
     check_columns(dataset, source, [*columns, *negatives])
     dataset = dataset.select_columns([*columns, *negatives])
     dataset = dataset.rename_columns({old: new for old, new in columns.items() if old != new})
-    given = len(dataset) if isinstance(dataset, Dataset) else None
-    dataset = dataset.filter(_Pairs(source), with_indices=True)
-    if isinstance(dataset, IterableDataset):
-        dataset = _to_disk(dataset, recipe.max_rows)
-    elif len(dataset) < given:
-        logger.info("source %s: %d rows without a pair are left out", source.name, given - len(dataset))
-    if not len(dataset):
-        raise RecipeError(f"source {source.name}: all pairs are empty or have anchor == positive.")
-    if recipe.max_rows is not None and len(dataset) > recipe.max_rows:
-        dataset = dataset.shuffle(seed=seed).select(range(recipe.max_rows))
-    if recipe.num_negatives:
-        dataset = _expand_negatives(dataset, negatives, source, recipe, seed)
-    return dataset
+    return dataset.filter(_Pairs(source), with_indices=True)
 
 
 class _Pairs:
@@ -127,62 +178,68 @@ class _Pairs:
         return all(texts) and texts[0] != texts[1]
 
 
-def _to_disk(stream: IterableDataset, max_rows: int | None) -> Dataset:
-    """The first `max_rows` rows of a stream (None: all), as a data set in the cache folder of `datasets`."""
-    taken = stream if max_rows is None else stream.take(max_rows)
-    first = next(iter(taken), None)
-    if first is None:
-        return Dataset.from_list([])
-    return Dataset.from_generator(_rows, gen_kwargs={"stream": taken})
+class _Negatives:
+    """Exactly `num_negatives` text columns; rows with fewer are filled with positives of other anchors, or refused.
 
+    Its hash is that of what decides the result; with that of the rows it is the name of the result in the cache.
+    """
 
-def _rows(stream: IterableDataset) -> Iterator[dict[str, Any]]:
-    yield from stream
+    def __init__(self, dataset: Dataset, columns: list[str], source: Source, recipe: ContrastiveRecipe, seed: int):
+        self.columns, self.name, self.pattern, self.seed = columns, source.name, source.negatives, seed
+        self.wanted, self.fill = recipe.num_negatives, recipe.fill_negatives
+        self._dataset = dataset
 
+    def __getstate__(self) -> dict[str, Any]:
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**public, "version": _VERSION}
 
-def _expand_negatives(
-    dataset: Dataset, columns: list[str], source: Source, recipe: ContrastiveRecipe, seed: int
-) -> Dataset:
-    """Exactly `num_negatives` text columns; rows with fewer are filled with positives of other anchors, or refused."""
-    wanted = recipe.num_negatives
-    positives = dataset["positive"][:]
-    own: dict[str, set[str]] = {}  # an anchor may have several positives, each in a row of its own
-    for anchor, positive in zip(dataset["anchor"], positives, strict=True):
-        own.setdefault(anchor, set()).add(positive)
+    @cached_property
+    def _positives(self) -> Texts:
+        return Texts(self._dataset.select_columns(["positive"]).rename_column("positive", "text"))
 
-    def expand(row: dict[str, Any], index: int) -> dict[str, str]:
-        given = [text for name in columns for text in _as_list(row[name])]
+    @cached_property
+    def _anchors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows in the order of their anchors' hashes, and these hashes."""
+        hashes = Texts(self._dataset.select_columns(["anchor"]).rename_column("anchor", "text")).hashes()
+        order = np.argsort(hashes, kind="stable")
+        return order, hashes[order]
+
+    def _matching(self, anchor: str, positive: str) -> set[str]:
+        """The anchor and its positives: it may have several, each in a row of its own."""
+        order, hashes = self._anchors
+        start, stop = (np.searchsorted(hashes, text_hashes([anchor]), side) for side in ("left", "right"))
+        rows = order[start[0] : stop[0]]
+        return {anchor, *(self._positives.take(rows) if len(rows) > 1 else [positive])}
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, str]:
+        given = [text for name in self.columns for text in _as_list(row[name])]
         if not all(isinstance(text, str) for text in given):
-            raise RecipeError(
-                f"source {source.name}: {source.negatives!r} of row {index} holds something else than text."
-            )
+            raise RecipeError(f"source {self.name}: {self.pattern!r} of row {index} holds something else than text.")
+        matching = self._matching(row["anchor"], row["positive"])
         # A dictionary keeps the order, and each text once.
-        matching = {row["anchor"], *own[row["anchor"]]}
         kept = {text: None for text in given if text.strip() and text not in matching}
-        negatives = list(kept)[:wanted]
-        if len(negatives) < wanted and recipe.fill_negatives == "error":
+        negatives = list(kept)[: self.wanted]
+        if len(negatives) < self.wanted and self.fill == "error":
             raise RecipeError(
-                f"source {source.name}: row {index} has {len(negatives)} of {wanted} negatives; "
+                f"source {self.name}: row {index} has {len(negatives)} of {self.wanted} negatives; "
                 "set fill_negatives: random."
             )
-        generator = np.random.default_rng([seed, index])
-        excluded = {*matching, *negatives}
-        for _ in range(100 * wanted):
-            if len(negatives) == wanted:
-                break
-            text = positives[int(generator.integers(len(positives)))]
-            if text not in excluded:
-                excluded.add(text)
-                negatives.append(text)
-        if len(negatives) < wanted:
-            raise RecipeError(
-                f"source {source.name}: too few different texts to fill {wanted} negatives of row {index}."
-            )
+        self._add_random(negatives, matching, index)
         return {f"negative_{i}": text for i, text in enumerate(negatives, start=1)}
 
-    # remove_columns goes first: a column of the input may have the name of a new one.
-    expanded = dataset.map(expand, with_indices=True, remove_columns=columns, load_from_cache_file=False)
-    return expanded.select_columns(["anchor", "positive", *(f"negative_{i}" for i in range(1, wanted + 1))])
+    def _add_random(self, negatives: list[str], matching: set[str], index: int):
+        generator = np.random.default_rng([self.seed, index])
+        excluded = {*matching, *negatives}
+        for _ in range(100):
+            if len(negatives) == self.wanted:
+                return
+            for text in self._positives.take(generator.integers(len(self._positives), size=self.wanted)):
+                if text not in excluded and len(negatives) < self.wanted:
+                    excluded.add(text)
+                    negatives.append(text)
+        raise RecipeError(
+            f"source {self.name}: too few different texts to fill {self.wanted} negatives of row {index}."
+        )
 
 
 def _as_list(value: Any) -> list:

@@ -1,4 +1,4 @@
-"""Reading training data: local JSONL (.zst), CSV, parquet and text files, or Hub data sets, all through `datasets`.
+"""Sources of stage I: documents as sequences of tokens, mixed, from any position.
 
 Laws: before the first step every source exists, has the columns the recipe names and at least one row; otherwise a
 `RecipeError` names the source. Streams never hold a whole source in memory. Of the consumers of a stream (ranks times
@@ -9,83 +9,20 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from .recipe import MLMRecipe, RecipeError, Source
+from .source_files import check_source, readable, source_files
 
-_BUILDERS = {
-    ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"
-}  # fmt: skip
-_OPTIONS = {  # the text "NA" is a text
-    ".csv": {"keep_default_na": False},
-    ".tsv": {"keep_default_na": False, "sep": "\t"},
-}
 _FORMS = ("cut", "split", "pack")
 _ROWS = 16
 """Rows of this consumer tokenised at a time."""
-
-
-def open_source(source: Source, data_dir: str, *, streaming: bool) -> Dataset | IterableDataset:
-    """Opens one source and checks it.
-
-    Args:
-        source: What to open.
-        data_dir: Root of a relative `source.path`.
-        streaming: Whether to stream it instead of preparing it on disk.
-
-    Returns:
-        The data set, all its columns.
-
-    Raises:
-        RecipeError: Neither or both of `path` and `hub`; no such file; a file type we do not read; no rows; a Hub data
-            set that cannot be opened.
-    """
-    if (source.path is None) == (source.hub is None):
-        raise RecipeError(f"source {source.name}: give exactly one of path and hub.")
-    if source.hub is not None:
-        try:
-            return load_dataset(source.hub, source.hub_config, split=source.split, streaming=streaming)
-        except (OSError, ValueError) as error:  # no such repository, configuration or split; no connection
-            raise RecipeError(f"source {source.name}: {source.hub}: {error}") from error
-    files = _files(source, data_dir)
-    extension = Path(str(files[0]).removesuffix(".zst").removesuffix(".gz")).suffix
-    if extension not in _BUILDERS:
-        raise RecipeError(f"source {source.name}: {files[0].name} is none of {', '.join(_BUILDERS)} (.zst, .gz).")
-    if all(file.stat().st_size == 0 for file in files):
-        raise RecipeError(f"source {source.name}: {files[0]} is empty.")
-    dataset = load_dataset(
-        _BUILDERS[extension],
-        data_files=[str(f) for f in files],
-        split="train",
-        streaming=streaming,
-        **_OPTIONS.get(extension, {}),
-    )
-    return dataset
-
-
-def _files(source: Source, data_dir: str) -> list[Path]:
-    root = Path(data_dir).expanduser()
-    files = sorted(root.glob(source.path)) if not Path(source.path).is_absolute() else [Path(source.path)]
-    if not files or not all(file.is_file() for file in files):
-        raise RecipeError(f"source {source.name}: no file matches {root / source.path}.")
-    return files
-
-
-def check_columns(dataset: Dataset | IterableDataset, source: Source, columns: list[str]):
-    """Raises `RecipeError` if the data set has no rows or lacks one of the columns; reads one row."""
-    first = next(iter(dataset), None)
-    if first is None:
-        raise RecipeError(f"source {source.name}: no rows.")
-    for column in columns:
-        if column not in first:
-            raise RecipeError(f"source {source.name}: no column {column!r}; it has {', '.join(first)}.")
 
 
 @dataclass
@@ -115,7 +52,7 @@ def open_sources(
         heldout: Whether to read the documents that `heldout_share` keeps from training.
 
     Raises:
-        RecipeError: See `open_source`; no such column; a weight or share out of range; two sources of one name; shards
+        RecipeError: See `check_source`; a weight or share out of range; two sources of one name; shards
             of another tokenizer.
     """
     opened, names = [], set()
@@ -127,9 +64,8 @@ def open_sources(
         if source.name in names:
             raise RecipeError(f"source {source.name}: the name is used twice.")
         names.add(source.name)
-        dataset = open_source(source, recipe.data_dir, streaming=True)
         column = source.tokens or source.text
-        check_columns(dataset, source, [column])
+        dataset = check_source(source, recipe.data_dir, [column])
         if source.tokens is not None and source.path is not None:
             _check_tokenizer(source, recipe.data_dir, tokenizer)
         opened.append(OpenSource(source, dataset.select_columns([column]), heldout))
@@ -138,7 +74,7 @@ def open_sources(
 
 def _check_tokenizer(source: Source, data_dir: str, tokenizer: PreTrainedTokenizerBase):
     """Raises `RecipeError` if the shards say that another tokenizer made them; shards that say nothing pass."""
-    file = _files(source, data_dir)[0]
+    file = source_files(source, data_dir)[0]
     metadata = (pq.read_schema(file).metadata if file.suffix == ".parquet" else None) or {}
     entries = int(metadata.get(b"vocab_size", len(tokenizer)))
     if entries != len(tokenizer):
@@ -238,7 +174,7 @@ class SourceReader:
         self.position = position
         self._dataset.load_state_dict(rows)
         # TRAP: iterating the data set itself would split it over the data loader's workers a second time.
-        for table in self._dataset.iter(batch_size=_ROWS * self._turns):
+        for table in readable(self.opened.source, self._dataset.iter(batch_size=_ROWS * self._turns)):
             pieces = itertools.chain.from_iterable(map(self.cutter.sequences, self._documents(table, row)))
             for given, sequence in enumerate(pieces, start=1):
                 if given <= skip:
@@ -255,9 +191,20 @@ class SourceReader:
             table = table.take(pa.array(range(first, len(table), self._turns), pa.int64()))
         column = pa.concat_arrays(table.column(0).chunks) if table.num_rows else pa.array([], table.schema.types[0])
         if source.tokens is None:
-            texts = [text for text in column.to_pylist() if text and text.strip()]
+            texts = [text for text in self._texts(column) if text and text.strip()]
             return self.cutter.texts([text for text in texts if self._is_ours(text.encode())])
         return [ids for ids in self._tokens(column) if len(ids) and self._is_ours(ids.tobytes())]
+
+    def _texts(self, column: pa.Array) -> list[str | None]:
+        """The documents of a column of text; `RecipeError` if it holds something else."""
+        texts = column.to_pylist()
+        for text in texts:
+            if not isinstance(text, str | None):
+                source = self.opened.source
+                raise RecipeError(
+                    f"source {source.name}: column {source.text!r} holds {type(text).__name__}, not text."
+                )
+        return texts
 
     def _tokens(self, column: pa.Array) -> Iterator[np.ndarray]:
         """Documents of a column of token ids, `(tokens,)` each.
