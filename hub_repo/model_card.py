@@ -1,9 +1,10 @@
 """The metadata of a model card: checked as the Hub checks it, offline, and filled with evaluation results.
 
-    python -m hub_repo.model_card CARD.md [--results RESULTS.json --model NAME] [--tags a,b]
+    python -m hub_repo.model_card CARD.md [--results RESULTS.json ... --model NAME] [--tags a,b]
 
-Law: a card that passes here has the fields that the Hub verifies (licence, data sets, model-index) in the form that it
-takes, and those that make a model found and run: tags, language, task, library. The text of a card is never changed.
+Laws: a card that passes here has the fields that the Hub verifies (licence, data sets, model-index) in the form that
+it takes, and those that make a model found and run: tags, language, task, library. The text of a card is never
+changed, but for the table of results between `TABLE_BEGIN` and `TABLE_END`, if it has these lines.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,13 @@ _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
 
 # Our name of a metric -> task, type and name in the words of sentence-transformers' evaluators.
 _METRICS = {
-    "spearman": ("semantic-similarity", "spearman_cosine", "Spearman cosine"),
-    "pearson": ("semantic-similarity", "pearson_cosine", "Pearson cosine"),
     "ndcg_at_10": ("information-retrieval", "cosine_ndcg@10", "nDCG@10"),
     "mrr_at_10": ("information-retrieval", "cosine_mrr@10", "MRR@10"),
     "map_at_10": ("information-retrieval", "cosine_map@10", "MAP@10"),
     "recall_at_10": ("information-retrieval", "cosine_recall@10", "Recall@10"),
     "recall_at_100": ("information-retrieval", "cosine_recall@100", "Recall@100"),
+    "spearman": ("semantic-similarity", "spearman_cosine", "Spearman cosine"),
+    "pearson": ("semantic-similarity", "pearson_cosine", "Pearson cosine"),
     "ap": ("pair-classification", "cosine_ap", "Average precision"),
     "best_f1": ("pair-classification", "cosine_f1", "F1, best threshold"),
     "best_accuracy": ("pair-classification", "cosine_accuracy", "Accuracy, best threshold"),
@@ -57,6 +58,11 @@ _METRICS = {
     "accuracy": ("text-classification", "accuracy", "Accuracy"),
     "macro_f1": ("text-classification", "f1", "F1, macro"),
 }
+TABLE_BEGIN = "<!-- results: written by hub_repo.model_card -->"
+TABLE_END = "<!-- end of results -->"
+_CUT = " (cut)"  # behind the size of a sample of a set
+
+Record = dict[str, Any]
 
 
 def check_card(text: str) -> list[str]:
@@ -114,20 +120,40 @@ def _list_problems(name: str, value: Any, pattern: re.Pattern[str], wanted: str)
             yield f"{name}: {entry!r} is not {wanted}"
 
 
-def evaluation_results(records: Sequence[dict[str, Any]], model: str) -> list[EvalResult]:
+def records_of(records: Iterable[Record], model: str) -> list[Record]:
+    """The records of one model, one a set: the first, so that whole sets go before samples of them.
+
+    Args:
+        records: Of `evaluation.local`: "model", "set", "sizes" and "metrics", name -> value or None.
+        model: Whose records to take.
+
+    Raises:
+        ValueError: There is none of this model.
+    """
+    records = list(records)
+    found: dict[str, Record] = {}
+    for record in records:
+        if record["model"] == model:
+            found.setdefault(record["set"], record)
+    if not found:
+        names = ", ".join(sorted({record["model"] for record in records}))
+        raise ValueError(f"no results of {model!r}; there are some of {names}.")
+    return list(found.values())
+
+
+def evaluation_results(records: Iterable[Record], model: str) -> list[EvalResult]:
     """The records of one model as entries of a model-index.
 
     Args:
-        records: Of `evaluation.local`: "model", "set" and "metrics", name -> value or None.
+        records: As for `records_of`.
         model: Whose records to take.
 
     Raises:
         ValueError: There is none of this model, or a metric that has no entry in a model-index.
     """
     results = []
-    for record in records:
-        if record["model"] != model:
-            continue
+    for record in records_of(records, model):
+        cut = _CUT if _is_cut(record) else ""
         for metric, value in record["metrics"].items():
             if metric not in _METRICS:
                 raise ValueError(f"{record['set']}: metric {metric!r} is not one of {', '.join(_METRICS)}.")
@@ -137,7 +163,7 @@ def evaluation_results(records: Sequence[dict[str, Any]], model: str) -> list[Ev
             results.append(
                 EvalResult(
                     task_type=task,
-                    dataset_name=record["set"],
+                    dataset_name=record["set"] + cut,
                     dataset_type=re.sub(r"[^a-z0-9]+", "-", record["set"].lower()),
                     metric_type=kind,
                     metric_name=name,
@@ -145,9 +171,71 @@ def evaluation_results(records: Sequence[dict[str, Any]], model: str) -> list[Ev
                 )
             )
     if not results:
-        names = ", ".join(sorted({record["model"] for record in records}))
-        raise ValueError(f"no results of {model!r}; there are some of {names}.")
+        raise ValueError(f"no score of {model!r}.")
     return results
+
+
+def _is_cut(record: Record) -> bool:
+    """Whether it is of a sample of its set."""
+    return "cut_from" in record.get("protocol", {})
+
+
+def results_table(records: Iterable[Record], model: str, title: str) -> str:
+    """One row a set of `model`: its first measure, beside the others of the same data; the best in bold.
+
+    Args:
+        records: As for `records_of`.
+        model: Whose sets to show, in the first column of scores.
+        title: Heading of that column.
+
+    Raises:
+        ValueError: There is none of this model.
+    """
+    records = list(records)
+    others = dict.fromkeys(record["model"] for record in records if record["model"] != model)
+    cells = {(record["model"], *_data_of(record)): record["metrics"] for record in reversed(records)}
+    lines = [
+        f"| set | size | measure | {' | '.join([title, *others])} |",
+        "|---|---|---|" + "---:|" * (1 + len(others)),
+    ]
+    measures = list(_METRICS)
+    rows = [(measures.index(next(iter(record["metrics"]))), record) for record in records_of(records, model)]
+    for position, record in sorted(rows, key=lambda row: (row[0], row[1]["set"])):
+        scores = [cells.get((name, *_data_of(record)), {}).get(measures[position]) for name in (model, *others)]
+        best = max((score for score in scores if score is not None), default=None)
+        shown = ["-" if x is None else f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in scores]
+        measure = _METRICS[measures[position]][2].removesuffix(" cosine")  # BM25 has none
+        lines.append(f"| {record['set']} | {_size(record)} | {measure} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _data_of(record: Record) -> tuple[str, str | None, str]:
+    """What two scores must share to stand in one row."""
+    return record["set"], record.get("data_sha256"), _size(record)
+
+
+def _size(record: Record) -> str:
+    sizes = record["sizes"]
+    if "pairs" in sizes:
+        text = f"{sizes['pairs']:,} pairs"
+    elif "texts" in sizes:
+        text = f"{sizes['texts']:,} texts, {sizes['labels']} labels"
+    else:
+        text = f"{sizes['queries']:,} x {sizes['documents']:,}"
+    return text + (_CUT if _is_cut(record) else "")
+
+
+def with_table(text: str, table: str) -> str:
+    """The card with `table` between its two lines `TABLE_BEGIN` and `TABLE_END`.
+
+    Raises:
+        ValueError: One of the lines is missing or there twice, or they are in the wrong order.
+    """
+    before, begin, rest = text.partition(TABLE_BEGIN)
+    _, end, after = rest.partition(TABLE_END)
+    if not (begin and end) or any(text.count(line) != 1 for line in (TABLE_BEGIN, TABLE_END)):
+        raise ValueError(f"{TABLE_BEGIN!r} and {TABLE_END!r} are not there once each, in this order.")
+    return f"{before}{TABLE_BEGIN}\n\n{table}\n\n{TABLE_END}{after}"
 
 
 def fill_card(
@@ -171,12 +259,16 @@ def fill_card(
     if tags:
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
     if results:
-        heading = re.search(r"^# (.+)$", card.text, flags=re.MULTILINE)
-        if name is None and heading is None:
-            raise ValueError("the card has no heading; name the model.")
         card.data.eval_results = list(results)
-        card.data.model_name = name or heading[1].strip()
+        card.data.model_name = name or _heading(card.text)
     return str(card)
+
+
+def _heading(text: str) -> str:
+    found = re.search(r"^# (.+)$", text, flags=re.MULTILINE)
+    if found is None:
+        raise ValueError("the card has no heading; name the model.")
+    return found[1].strip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,7 +277,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="hub_repo.model_card", description="Check the metadata of a model card, and fill it."
     )
     parser.add_argument("card", type=Path, help="the card, a Markdown file; changed in place")
-    parser.add_argument("--results", type=Path, help="results of evaluation.local, for the model-index")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        type=Path,
+        help="of evaluation.local, for model-index and table; the first counts",
+    )
     parser.add_argument("--model", help="whose results to take, as named in them")
     parser.add_argument("--name", help="name in the model-index; default the heading of the card")
     parser.add_argument("--tags", default="", help="tags to add, separated by commas")
@@ -194,11 +291,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--results and --model belong together")
     try:
         text = old = options.card.read_text(encoding="utf-8")
-        records = json.loads(options.results.read_text(encoding="utf-8"))["records"] if options.results else []
+        records = [record for path in options.results or () for record in _records(path)]
         results = evaluation_results(records, options.model) if options.results else []
         tags = [tag.strip() for tag in options.tags.split(",") if tag.strip()]
         if tags or results:
             text = fill_card(old, tags=tags, results=results, name=options.name)
+        if results and (TABLE_BEGIN in text or TABLE_END in text):
+            text = with_table(text, results_table(records, options.model, options.name or _heading(text)))
         if problems := check_card(text):
             raise ValueError("\n".join(problems))
         if text != old:
@@ -208,6 +307,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"{options.card}: {'written' if text != old else 'unchanged'}, its metadata is what the Hub takes")
     return 0
+
+
+def _records(path: Path) -> list[Record]:
+    """The records of a result file; an error names it."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["records"]
+        if not all({"model", "set", "metrics", "sizes"} <= set(record) for record in records):
+            raise KeyError("model, set, metrics or sizes")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: holds no results of evaluation.local ({type(error).__name__}: {error}).") from None
+    return records
 
 
 if __name__ == "__main__":

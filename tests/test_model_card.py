@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import re
+import shlex
 
 import pytest
 from conftest import REPOSITORY, SHIPPED
 
-from hub_repo.model_card import check_card, evaluation_results, fill_card, main
+from hub_repo.model_card import TABLE_BEGIN, TABLE_END, check_card, evaluation_results, fill_card, main, results_table
 
 CARD = """---
 language: en
@@ -47,9 +49,9 @@ def test_card_metadata(old, new, message):
 
 def test_card_filled_from_results(tmp_path):
     records = [
-        {"model": "ours", "set": "STSB", "metrics": {"spearman": 0.67816}},
-        {"model": "bm25", "set": "STSB", "metrics": {"spearman": None}},
-        {"model": "ours", "set": "ir/A set", "metrics": {"ndcg_at_10": 0.4, "mrr_at_10": 0.5}},
+        {"model": "ours", "set": "STSB", "sizes": {"pairs": 9}, "metrics": {"spearman": 0.67816}},
+        {"model": "bm25", "set": "STSB", "sizes": {"pairs": 9}, "metrics": {"spearman": None}},
+        {"model": "ours", "set": "ir/A set", "sizes": {}, "metrics": {"ndcg_at_10": 0.4, "mrr_at_10": 0.5}},
     ]
     filled = fill_card(CARD, tags=["jina_bert", "alibi"], results=evaluation_results(records, "ours"))
     assert filled.endswith(CARD.split("---\n")[2])
@@ -66,12 +68,58 @@ def test_card_filled_from_results(tmp_path):
     assert "is not a number" in check_card(filled.replace("0.6782", ".nan"))[0]
 
 
-@pytest.mark.parametrize("document", [SHIPPED / "README.md", REPOSITORY / "README.md"], ids=["card", "readme"])
-def test_the_table_of_results_is_that_of_the_committed_scores(document):
-    """Row by row, the best score of each in bold; rows of one order in both."""
+def record(model, name, value, *, data="a", cut=False, metric="spearman"):
+    protocol = {"cut_from": {"pairs": 1234}} if cut else {}
+    return {
+        "model": model, "set": name, "data_sha256": data, "protocol": protocol, "sizes": {"pairs": 9 if cut else 1234},
+        "metrics": {metric: value},
+    }  # fmt: skip
+
+
+def test_the_table_sets_side_by_side_what_is_of_the_same_data():
+    records = [
+        record("ours", "STSB", 0.5), record("theirs", "STSB", 0.7004), record("bm25", "STSB", None),
+        record("ours", "SICK", 0.25), record("theirs", "SICK", 0.9, data="b"), record("bm25", "SICK", 0.2),
+        record("ours", "pairs", 0.3, cut=True, metric="ap"), record("theirs", "pairs", 0.9, metric="ap"),
+        record("ours", "STSB", 0.9, cut=True), record("theirs", "STSB", 0.1, cut=True), record("bm25", "only", 0.1),
+    ]  # fmt: skip
+    assert results_table(records, "ours", "Ours").splitlines() == [
+        "| set | size | measure | Ours | theirs | bm25 |",
+        "|---|---|---|---:|---:|---:|",
+        "| SICK | 1,234 pairs | Spearman | **0.250** | - | 0.200 |",
+        "| STSB | 1,234 pairs | Spearman | 0.500 | **0.700** | - |",
+        "| pairs | 9 pairs (cut) | Average precision | **0.300** | - | - |",
+    ]
+    index = [(result.dataset_name, result.metric_value) for result in evaluation_results(records, "ours")]
+    assert index == [("STSB", 0.5), ("SICK", 0.25), ("pairs (cut)", 0.3)]
+
+
+def test_the_table_stands_between_its_lines(tmp_path, capsys):
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"records": [record("ours", "STSB", 0.5)]}))
+    card = tmp_path / "README.md"
+    arguments = [str(card), "--model", "ours", "--results", str(results)]
+    text = f"{CARD}Before.\n\n{TABLE_BEGIN}\n| old |\n{TABLE_END}\n\nAfter.\n"
+    card.write_text(text)
+    assert [main(arguments) for _ in range(2)] == [0, 0]
+    filled = card.read_text()
+    assert "Before.\n\n" + TABLE_BEGIN + "\n\n| set | size | measure | Small |\n" in filled
+    assert filled.endswith(f"| STSB | 1,234 pairs | Spearman | **0.500** |\n\n{TABLE_END}\n\nAfter.\n")
+    for wrong in (text.replace(TABLE_END, ""), text + TABLE_BEGIN, f"{CARD}{TABLE_END}{TABLE_BEGIN}"):
+        card.write_text(wrong)
+        assert main(arguments) == 2
+        assert card.read_text() == wrong
+        assert "are not there once each, in this order" in capsys.readouterr().err
+    results.write_text('{"records": [{"model": "ours"}]}')
+    assert main(arguments) == 2
+    assert f"{results}: holds no results of evaluation.local" in capsys.readouterr().err
+
+
+def test_the_readmes_table_of_results_is_that_of_the_committed_scores():
+    """Row by row, the best score of each in bold."""
     records = json.loads((REPOSITORY / "evaluation/results/tiny.json").read_text())["records"]
     found = {(r["set"], r["model"]): r["metrics"] for r in records}
-    lines = document.read_text(encoding="utf-8").splitlines()
+    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
     table = itertools.dropwhile(lambda line: "| all-MiniLM-L6-v2 | BM25 |" not in line, lines)
     rows = list(itertools.takewhile(str.strip, table))
     assert len(rows) == 2 + len({r["set"] for r in records})
@@ -82,8 +130,15 @@ def test_the_table_of_results_is_that_of_the_committed_scores(document):
         assert cells == [f"**{x:.3f}**" if x == max(scores) else f"{x:.3f}" for x in scores]
 
 
-def test_the_shipped_cards_model_index_is_that_of_the_committed_scores(tmp_path):
+def test_the_shipped_card_is_what_its_command_writes(tmp_path, monkeypatch):
+    shipped = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    _, _, command = shipped.partition("python -m hub_repo.model_card ")
+    arguments = shlex.split(command.partition("```")[0].replace("\\\n", ""), comments=True)
     copy = tmp_path / "README.md"
-    copy.write_text((SHIPPED / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    main([str(copy), "--results", str(REPOSITORY / "evaluation/results/tiny.json"), "--model", "hub_repo/tiny"])
-    assert copy.read_text(encoding="utf-8") == (SHIPPED / "README.md").read_text(encoding="utf-8")
+    begin, _, rest = re.sub(r"value: .*", "value: 0.0", shipped).partition(TABLE_BEGIN)
+    copy.write_text(f"{begin}{TABLE_BEGIN}{TABLE_END}{rest.partition(TABLE_END)[2]}", encoding="utf-8")
+    monkeypatch.chdir(REPOSITORY)
+    assert main([str(copy), *arguments[1:]]) == 0
+    assert copy.read_text(encoding="utf-8") == shipped
+    for kind in ("ir/", "long/", "STS", "pair-classification/", "clustering/", "classification/"):
+        assert f"| {kind}" in shipped, "the sets on which it is weak are there too"
