@@ -16,12 +16,8 @@ from typing import Any
 import numpy as np
 
 from .glue_tasks import LARGEST_SIMILARITY, Task, measure
+from .rows import read_rows, stored
 from .sets import EvaluationError
-
-try:
-    import zstandard
-except ImportError as error:
-    raise ImportError("evaluation.glue needs: pip install 'modeling-jina-bert[evaluate]'") from error
 
 Row = tuple[str, dict[str, Any]]  # where it stands, its columns
 GENERIC_COLUMNS = ("sentence1", "sentence2")
@@ -106,7 +102,7 @@ def load_task(
 
     Args:
         task: The task.
-        data: Folder with a folder for each task that holds {train,dev,test}.jsonl.zst (or .jsonl; for MNLI
+        data: Folder with a folder for each task that holds {train,dev,test}.jsonl (or .zst, .gz behind it; for MNLI
             dev_matched, dev_mismatched, test_matched, test_mismatched); None reads the Hub.
         hub: Name of the Hub's data set.
         folder: The task's folder, relative to `data`; None is its name.
@@ -151,28 +147,10 @@ def _local_reader(folder: Path) -> Callable[[str], Iterator[Row] | None]:
     """Reads the rows of a split by its name; None where there is no such file."""
 
     def read(split: str) -> Iterator[Row] | None:
-        paths = [folder / f"{split}{suffix}" for suffix in (".jsonl.zst", ".jsonl")]
-        return next((_read_lines(path) for path in paths if path.is_file()), None)
+        path = stored(folder / f"{split}.jsonl")
+        return None if path is None else read_rows(path, {})
 
     return read
-
-
-def _read_lines(path: Path) -> Iterator[Row]:
-    opener = zstandard.open if path.suffix == ".zst" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise EvaluationError(f"{path}:{number}: not a JSON object.")
-                yield f"{path}:{number}", row
-    except json.JSONDecodeError as error:
-        raise EvaluationError(f"{path}:{number}: not JSON ({error}).") from error
-    except (OSError, UnicodeDecodeError, zstandard.ZstdError) as error:
-        raise EvaluationError(f"{path}: cannot be read ({error}).") from error
-    if number == 0:
-        raise EvaluationError(f"{path}: is empty.")
 
 
 def _hub_reader(hub: str, config: str) -> Callable[[str], Iterator[Row] | None]:

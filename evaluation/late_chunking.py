@@ -14,7 +14,6 @@ COST: a document is embedded once for all chunkings, naive chunks once for each;
 """
 
 import argparse
-import json
 import logging
 import shlex
 import sys
@@ -33,12 +32,12 @@ from .command_line import add_placement, ending, placement_of
 from .loading import check_finite, load_jina_bert, placed, weights_sha256
 from .metrics import CUTOFF
 from .records import read_records, versions, write_records
+from .rows import read_rows, stored
 from .sets import EvaluationError, RetrievalSet, load_set
 from .systems import QUERY_BLOCK
 
 try:
     import pytrec_eval
-    import zstandard
 except ImportError as error:
     raise ImportError("evaluation.late_chunking needs: pip install 'modeling-jina-bert[evaluate]'") from error
 
@@ -81,8 +80,9 @@ class Chunks:
 
 def read_titles(data: Path, name: str) -> dict[str, str]:
     """Passage id -> title of a set that `load_set` has accepted; "" where there is none."""
-    with zstandard.open(data / "eval" / name / "corpus.jsonl.zst", "rt", encoding="utf-8") as lines:
-        return {row["_id"]: row.get("title") or "" for row in map(json.loads, lines)}
+    corpus = stored(data / "eval" / name / "corpus.jsonl")
+    assert corpus is not None, "load_set has read it"
+    return {str(row["_id"]): row.get("title") or "" for _, row in read_rows(corpus, {})}
 
 
 def documents_of(dataset: RetrievalSet, titles: dict[str, str]) -> list[Document]:

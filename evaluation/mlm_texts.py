@@ -100,7 +100,7 @@ def read_texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
     Raises:
         EvaluationError: A file cannot be read, or a row has no field "text".
     """
-    files = (read_rows(path, {"text": str}) for path in paths)
+    files = (read_rows(path, {"text": (str,)}) for path in paths)
     for row in chain.from_iterable(zip_longest(*files)):
         if row is not None:
             yield row[0], row[1]["text"]

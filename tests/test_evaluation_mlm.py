@@ -325,7 +325,7 @@ def fails(capsys, argv: list[str]) -> str:
         (["--documents", "0"], "--documents 0"),
         (["--mlm-probability", "1.5"], "--mlm-probability 1.5"),
         (["--data", "nowhere.jsonl.zst"], "nowhere.jsonl.zst: no such file"),
-        (["--data", __file__], "cannot be read"),
+        (["--data", __file__], "not JSON"),
         (["--plot", "figure.xyz"], "is none of .png"),
         (["--output", "/nowhere/at/all.json"], "lies in none"),
         (["--model", "/nowhere/model"], "/nowhere/model: no such folder"),
