@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from modeling_jina_bert import JinaBertConfig, JinaBertModel
+from modeling_jina_bert.checkpoints import is_plain_name
 
 from .folders import checkpoint_files as files
 from .folders.checkpoint_files import FolderError, StoredTensor
@@ -30,6 +31,7 @@ from .folders.folder_files import official_config, sentence_transformers_files, 
 from .folders.layouts import PREFIX, compare, read_config
 from .folders.loading import quiet_transformers
 from .folders.staging import staged
+from .folders.tokenizer_checks import refuse_bad_tokenizer
 from .formats.parity import MIXED_LENGTHS, check_batches, torch_embeddings
 from .hub.snapshot import fetch
 
@@ -132,7 +134,7 @@ def convert(
         What was done with every tensor and field.
 
     Raises:
-        FolderError: Unknown arguments, an unknown layout, tensors that cannot be accounted for, no tokenizer.
+        ValueError: Unknown arguments, an unknown layout, tensors that cannot be accounted for, no tokenizer that fits.
         RuntimeError: The output does not compute what the source did.
     """
     if target not in TARGETS:
@@ -142,6 +144,7 @@ def convert(
     folder = fetch(source, revision)
     stored = files.stored_tensors(folder)
     config = read_config(folder, set(stored))
+    refuse_bad_tokenizer(folder, config)
     changes = plan(folder, stored, config, dtype=dtype, keep_head=keep_head)
     with staged(output) as stage:
         written = _write_weights(folder, stored, changes, stage)
@@ -250,8 +253,6 @@ def _code_of(config: dict[str, Any]) -> str:
 
 def _write_other_files(folder: Path, stage: Path, config: JinaBertConfig, target: str) -> list[str]:
     """Tokenizer, sentence-transformers files, card and, for our form, the code; returns notes for the report."""
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
-        raise FolderError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.txt.")
     for name in (*files.TOKENIZER_FILES, *_CARRIED):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, stage / name)
@@ -307,7 +308,7 @@ def carried_settings(folder: Path) -> CarriedSettings:
             f"{folder / 'modules.json'} has the modules {', '.join(kinds)}: only Transformer, Pooling and Normalize "
             "are carried over."
         )
-    if not files.is_plain_name(paths[1]):
+    if not is_plain_name(paths[1]):
         raise FolderError(f"{folder / 'modules.json'} names {paths[1]!r}, which is not a folder in this one.")
     pooling = files.read_json(folder / paths[1] / "config.json")
     modes = [name for name, value in pooling.items() if name.startswith("pooling_mode_") and value is True]
@@ -330,7 +331,9 @@ def _largest_difference(source: Path, output: Path) -> float:
     expected = torch_embeddings(first, batch)
     assert expected.shape[0] == len(MIXED_LENGTHS)
     del first
-    found = torch_embeddings(JinaBertModel.from_pretrained(output, dtype=torch.float32).eval(), batch)
+    second = JinaBertModel.from_pretrained(output, dtype=torch.float32).eval()
+    len(second.tokenizer)  # an error if texts could not be embedded
+    found = torch_embeddings(second, batch)
     return float(abs(found - expected).max())
 
 
@@ -362,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.source, arguments.output, target=arguments.to, dtype=arguments.dtype,
             keep_head=arguments.keep_head, revision=arguments.revision,
         )  # fmt: skip
-    except (FolderError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(report.lines()))

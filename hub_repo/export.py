@@ -20,16 +20,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
 from modeling_jina_bert import JinaBertModel
 
 from .folders.checkpoint_files import DTYPE_NAMES, WEIGHTS, FolderError
 from .folders.folder_files import code_files, sentence_transformers_files, write_code, write_json, write_tokenizer
+from .folders.layouts import read_fitting
 from .folders.loading import CHECK_TEXTS, load_in_fresh_process, quiet_transformers, smallest_cosine
 from .folders.staging import WEIGHTS_OF_A_FOLDER, staged
+from .folders.tokenizer_checks import refuse_bad_tokenizer
 from .formats import gguf_export, onnx_export, openvino_export, tei
-from .formats.parity import Agreement
+from .formats.parity import Agreement, disturbed
+from .hub.snapshot import fetch
 from .requirements import require
 
 _SMALLEST_COSINE = {"float32": 0.999999, "float16": 0.9999, "bfloat16": 0.999}
@@ -156,13 +158,15 @@ def export_formats(
 
 def _load(model_path: str):
     """The checkpoint in float32 and its tokenizer, as they are published."""
-    model = JinaBertModel.from_pretrained(model_path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_path, config=model.config)
+    folder = fetch(model_path)
+    _, config = read_fitting(folder)
+    refuse_bad_tokenizer(folder, config)
+    model = JinaBertModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = model.tokenizer
     tokenizer.model_max_length = model.config.model_max_length
     # Training leaves its truncation in the fast tokenizer; a published tokenizer has none baked in.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    model.tokenizer = tokenizer
     return model, tokenizer
 
 
@@ -182,12 +186,15 @@ def _write_folder(model: JinaBertModel, tokenizer, folder: Path, dtype: str):
 
 
 def _verify(model: JinaBertModel, folder: Path, output: Path, dtype: str):
-    """Loads the folder as a stranger would and compares with the float32 checkpoint."""
+    """Loads the folder as a stranger would; compares with the float32 checkpoint, and with a disturbed one."""
     expected = model.encode(list(CHECK_TEXTS), normalize_embeddings=True)
+    control = disturbed(model).encode(list(CHECK_TEXTS), normalize_embeddings=True)
     for name, vectors in load_in_fresh_process(folder).items():
         cosine = smallest_cosine(vectors, expected)
         if not cosine >= _SMALLEST_COSINE[dtype]:
             raise RuntimeError(f"{output}: other vectors than the checkpoint's, cosine {cosine} ({name}).")
+        if smallest_cosine(vectors, control) >= _SMALLEST_COSINE[dtype]:
+            raise RuntimeError(f"{output}: the check cannot tell the checkpoint from disturbed weights ({name}).")
 
 
 def _write_formats(

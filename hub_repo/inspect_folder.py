@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modeling_jina_bert import JinaBertConfig
+from modeling_jina_bert.checkpoints import is_plain_name
 
 from .folders import checkpoint_files as files
 from .folders.checkpoint_files import FolderError, StoredTensor
 from .folders.folder_files import OFFICIAL_CODE, code_files
 from .folders.layouts import compare, read_config
+from .folders.tokenizer_checks import refuse_bad_tokenizer, refuse_missing_tokenizer
 from .hub.outline import outlined
 
 Kind = Literal["ours", "official", "plain BERT", "adapter", "another model", "unknown"]
@@ -36,7 +38,7 @@ class FolderInfo:
         folder: The folder, or the name of the repository.
         kind: "ours" (`model_type: jina_bert`), "official" (the form of the published repositories), "plain BERT",
             "adapter" (PEFT), "another model", or "unknown".
-        loads: Whether `JinaBertModel.from_pretrained` takes it.
+        loads: Whether `JinaBertModel.from_pretrained` takes it, with a tokenizer for `encode`.
         problems: Why it does not; also what makes it load less well than it should.
         layout: "A" (jina-bert-implementation), "B" (jina-bert-v2-qk-post-norm), or None.
         model_type: As config.json says.
@@ -129,7 +131,7 @@ def inspect_repository(repo_id: str, revision: str | None = None) -> FolderInfo:
         FolderError: It cannot be read.
     """
     with outlined(repo_id, revision) as outline:
-        info = inspect_folder(outline.folder)
+        info = _inspect(outline.folder, is_outline=True)
     found = (problem.replace(str(outline.folder), repo_id) for problem in info.problems)
     problems = tuple(dict.fromkeys((*outline.problems, *found)))
     return dataclasses.replace(info, folder=repo_id, commit=outline.commit, problems=problems)
@@ -147,6 +149,10 @@ def inspect_folder(folder: Path) -> FolderInfo:
     folder = Path(folder)
     if not folder.is_dir():
         raise FolderError(f"{folder} is not a folder.")
+    return _inspect(folder, is_outline=False)
+
+
+def _inspect(folder: Path, *, is_outline: bool) -> FolderInfo:
     common: dict[str, Any] = {"folder": folder, "formats": tuple(_formats(folder))}
     if (folder / "adapter_config.json").is_file():
         adapter = _object(folder / "adapter_config.json")
@@ -162,10 +168,12 @@ def inspect_folder(folder: Path) -> FolderInfo:
     if kind not in ("ours", "official"):
         problem = f"model_type {raw.get('model_type')!r} without ALiBi is no JinaBERT"
         return FolderInfo(kind=kind, loads=False, problems=(problem,), **common, **_weights(folder)[0])
-    return _jina_bert(folder, raw, kind, common)
+    return _jina_bert(folder, raw, kind, common, is_outline=is_outline)
 
 
-def _jina_bert(folder: Path, raw: dict[str, Any], kind: Kind, common: dict[str, Any]) -> FolderInfo:
+def _jina_bert(
+    folder: Path, raw: dict[str, Any], kind: Kind, common: dict[str, Any], *, is_outline: bool
+) -> FolderInfo:
     weights, stored, problem = _weights(folder)
     problems, layout, heads, shape = [problem] if problem else [], None, (), {}
     if stored:
@@ -174,6 +182,10 @@ def _jina_bert(folder: Path, raw: dict[str, Any], kind: Kind, common: dict[str, 
             found = compare(stored, config)
             layout, heads, shape = "B" if config.qk_post_norm else "A", tuple(found.heads), _shape(config)
             problems += found.problems()
+            if is_outline:  # in which tokenizer.json is empty
+                refuse_missing_tokenizer(folder)
+            else:
+                refuse_bad_tokenizer(folder, config)
         except FolderError as error:
             problems.append(str(error))
     loads = not problems
@@ -228,7 +240,7 @@ def _sentence_transformers(folder: Path) -> tuple[str | None, int | None]:
         modules = files.read_json(folder / "modules.json")
         kinds = [str(module["type"]).split(".")[-1] for module in modules]
         path = next((module["path"] for module in modules if str(module["type"]).endswith(".Pooling")), None)
-        pooling = _object(folder / path / "config.json") if files.is_plain_name(path) else {}
+        pooling = _object(folder / path / "config.json") if is_plain_name(path) else {}
         limits = _object(folder / "sentence_bert_config.json")
     except (FolderError, TypeError, KeyError):
         return None, None

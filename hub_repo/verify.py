@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from modeling_jina_bert import JinaBertConfig, JinaBertModel
 
@@ -24,6 +23,7 @@ from .folders.code_checks import CodeFile, code_findings, code_of
 from .folders.findings import Finding, Report
 from .folders.layouts import compare, read_config
 from .folders.loading import CHECK_TEXTS, load_in_fresh_process, quiet_transformers, smallest_cosine
+from .folders.tokenizer_checks import tokenizer_findings
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # protocols 2 to 5
@@ -52,7 +52,7 @@ def verify_folder(folder: Path, *, trust: bool = False) -> Report:
         findings += code_findings(folder, code, trust=trust)
         config, weight_findings = _weight_findings(folder)
         findings += weight_findings
-        findings += _tokenizer_findings(folder, config)
+        findings += tokenizer_findings(folder, config)
         if not any(finding.severity == "error" for finding in findings):
             findings += _loading_findings(folder, code, trust=trust)
     order = ("error", "warning", "note")
@@ -126,29 +126,6 @@ def _not_finite(folder: Path, stored: dict[str, StoredTensor]) -> Iterator[Findi
     for name, tensor in files.read_tensors(folder, stored):
         if tensor.dtype in files.DTYPES.values() and not torch.isfinite(tensor).all():
             yield Finding("error", stored[name].file, f"{name} has values that are not finite")
-
-
-def _tokenizer_findings(folder: Path, config: JinaBertConfig | None) -> list[Finding]:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return [Finding("error", "tokenizer.json", "is missing: the folder cannot embed texts")]
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        return [Finding("error", "tokenizer.json", f"cannot be read: {' '.join(str(error).split())}")]
-    findings = []
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    if config is not None and largest >= config.vocab_size:
-        findings.append(
-            Finding("error", "tokenizer.json", f"has token {largest}, the embedding {config.vocab_size} rows")
-        )
-    if tokenizer.truncation or tokenizer.padding:
-        findings.append(Finding("warning", "tokenizer.json", "has truncation or padding of its own baked in"))
-    if not (folder / "tokenizer_config.json").is_file():
-        findings.append(
-            Finding("warning", "tokenizer_config.json", "is missing: no special tokens, no maximum length")
-        )
-    return findings
 
 
 def _loading_findings(folder: Path, code: list[CodeFile], *, trust: bool) -> list[Finding]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from .packing import Sequences
 
@@ -105,6 +105,52 @@ def count_truncations() -> Iterator[TruncationCount]:
         _truncations.reset(token)
 
 
+def check_text(name: str, text: object):
+    """Refuses what no tokenizer takes.
+
+    Args:
+        name: Of the text, for the error.
+        text: Any string of Unicode characters is right.
+
+    Raises:
+        ValueError: It is no string, or has half of a surrogate pair, which is no character and has no UTF-8.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is {text!r}, not a string.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is not valid Unicode: a lone surrogate, {text[error.start]!r}, at character {error.start}. "
+            "Decode bytes with errors='replace'."
+        ) from None
+
+
+def _load_tokenizer(name_or_path: str, config: PreTrainedConfig):
+    """The tokenizer of a folder or repository.
+
+    Raises:
+        ValueError: It cannot be read, or it has no vocabulary (transformers makes one of special tokens where the
+            files are missing, with which every word is [UNK]), or more tokens than the word embedding has rows.
+    """
+    try:
+        # With the configuration at hand nothing asks for the trust that loading this model has already taken.
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, config=config)
+        vocabulary = tokenizer.get_vocab()
+    except Exception as error:  # tokenizers raises bare Exception
+        message = " ".join(str(error).split())
+        raise ValueError(
+            f"{name_or_path}: the tokenizer (tokenizer.json) is missing or cannot be read: {message}"
+        ) from error
+    if set(vocabulary) <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{name_or_path} has no tokenizer: without tokenizer.json or vocab.txt there are special tokens only."
+        )
+    if (largest := max(vocabulary.values())) >= config.vocab_size:
+        raise ValueError(f"{name_or_path}: the tokenizer has token {largest}, the embedding {config.vocab_size} rows.")
+    return tokenizer
+
+
 _PreTrainedModel: Any = object  # what this is mixed into; Any for the type checker
 
 
@@ -115,12 +161,15 @@ class EncodeMixin(_PreTrainedModel):
 
     @property
     def tokenizer(self):
-        """The tokenizer beside the weights, loaded on first use; assign one for a model built in memory."""
+        """The tokenizer beside the weights, loaded on first use; assign one for a model built in memory.
+
+        Raises:
+            ValueError: There is none, it cannot be read, or it does not fit the model.
+        """
         if self._tokenizer is None:
             if not self.name_or_path:
                 raise ValueError("This model was not loaded from a checkpoint: assign a tokenizer to model.tokenizer.")
-            # With the configuration at hand nothing asks for the trust that loading this model has already taken.
-            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, config=self.config)
+            self._tokenizer = _load_tokenizer(self.name_or_path, self.config)
         return self._tokenizer
 
     @tokenizer.setter
@@ -165,7 +214,8 @@ class EncodeMixin(_PreTrainedModel):
             hidden)`.
 
         Raises:
-            ValueError: An input that is no text; an unknown output_value; a truncate_dim out of range.
+            ValueError: An input that is no text, or has a lone surrogate; no tokenizer that fits; an unknown
+                output_value; a truncate_dim out of range.
         """
         single = isinstance(sentences, str)
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
@@ -189,8 +239,7 @@ class EncodeMixin(_PreTrainedModel):
 
     def _check_encode_arguments(self, sentences: list, output_value: str, truncate_dim: int | None):
         for index, sentence in enumerate(sentences):
-            if not isinstance(sentence, str):
-                raise ValueError(f"sentences[{index}] is {sentence!r}, not a string.")
+            check_text(f"sentences[{index}]", sentence)
         if output_value not in _OUTPUT_VALUES:
             raise ValueError(f"output_value={output_value!r} is not one of {', '.join(_OUTPUT_VALUES)}.")
         if truncate_dim is not None and not 0 < truncate_dim <= self.config.hidden_size:

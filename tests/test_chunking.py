@@ -331,6 +331,7 @@ def test_sentences_tile_any_text_in_linear_time(unit):
     ("arguments", "message"),
     [
         ({"texts": ["a", 3]}, r"texts\[1\] is 3, not a string"),
+        ({"texts": ["a", "b\udfff"]}, r"texts\[1\] is not valid Unicode"),
         ({"texts": "ab cd", "spans": [(0, 2), (3, 6)]}, r"spans\[1\] of texts\[0\] is \(3, 6\), not .* <= 5 char"),
         ({"texts": "ab cd", "spans": [(4, 3)]}, r"spans\[0\] of texts\[0\] is \(4, 3\), not"),
         ({"texts": "ab cd", "spans": [(-2, 2)]}, r"spans\[0\] of texts\[0\] is \(-2, 2\), not"),

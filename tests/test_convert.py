@@ -214,6 +214,7 @@ def test_an_output_that_computes_something_else_is_refused(source, tmp_path, mon
         (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), "not a whole safetensors file"),
         (lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "vocab.txt")], "has no tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),
     ],
 )
 def test_bad_folders_are_one_line(source, tmp_path, capsys, prepare, message):
@@ -231,7 +232,7 @@ def test_bad_arguments(source, tmp_path, capsys):
     for arguments, message in (
         ([str(source), tmp_path / "full"], "is not empty"),
         ([tmp_path / "nowhere", tmp_path / "ours"], "neither a folder nor the name of a Hub repository"),
-        (["nobody/nothing-here", tmp_path / "ours"], "cannot be fetched from the Hub"),
+        (["nobody/nothing-here", tmp_path / "ours"], "the Hub cannot be asked: HF_HUB_OFFLINE is set"),
     ):
         assert main(["--source", str(arguments[0]), "--output", str(arguments[1])]) == 2
         assert message in capsys.readouterr().err

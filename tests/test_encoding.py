@@ -1,6 +1,7 @@
 """`encode`: batch equals single, order and padding do not matter, bad input is named, truncation is said once."""
 
 import logging
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -149,6 +150,10 @@ def test_progress_counts_texts(model, capsys):
     [
         ({"sentences": ["a", 3]}, r"sentences\[1\] is 3"),
         ({"sentences": ["a", None]}, r"sentences\[1\] is None"),
+        (
+            {"sentences": ["a", "b\ud800"]},
+            r"sentences\[1\] is not valid Unicode: .* '\\ud800', at character 1",
+        ),
         ({"sentences": "a", "output_value": "pooled"}, "output_value='pooled'"),
         ({"sentences": "a", "truncate_dim": 65}, "truncate_dim=65"),
         ({"sentences": "a", "truncate_dim": 0}, "truncate_dim=0"),
@@ -162,6 +167,38 @@ def test_bad_input_is_named(model, call, message):
 def test_no_tokenizer_is_an_error():
     with pytest.raises(ValueError, match="assign a tokenizer"):
         JinaBertModel(tiny_config(vocab_size=100)).encode("x")
+
+
+TOKENIZERS = {
+    "none": (lambda folder: remove(folder, "tokenizer.json", "vocab.txt", "tokenizer_config.json"), "is missing or"),
+    "settings alone": (lambda folder: remove(folder, "tokenizer.json", "vocab.txt"), "has no tokenizer"),
+    "no object": (lambda folder: (folder / "tokenizer.json").write_text("[]"), "cannot be read"),
+    "no vocabulary": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be read"),
+    "no JSON": (lambda folder: (folder / "tokenizer.json").write_text("x"), "cannot be read"),
+}
+
+
+def remove(folder, *names):
+    for name in names:
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_bad_tokenizer_beside_the_weights_is_an_error(golden, tmp_path, case):
+    """Without its files transformers makes a tokenizer of special tokens, with which every text is [UNK]s."""
+    folder = shutil.copytree(golden.folder, tmp_path / "model", ignore=shutil.ignore_patterns("plain", "golden*"))
+    damage, message = TOKENIZERS[case]
+    damage(folder)
+    with pytest.raises(ValueError, match=f"^{folder}.*{message}") as error:
+        JinaBertModel.from_pretrained(folder).encode("x")
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_an_error(tmp_path, tokenizer):
+    JinaBertModel(tiny_config(vocab_size=900)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"the tokenizer has token {len(tokenizer) - 1}, the embedding 900 rows"):
+        JinaBertModel.from_pretrained(tmp_path).encode("x")
 
 
 def test_batches_respect_the_budget():

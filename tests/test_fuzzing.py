@@ -2,7 +2,8 @@
 
 Pins: a weight file cut anywhere never counts as loadable, changed anywhere is read or refused in one line; a
 configuration loads exactly if its shapes are those of the weights; no name in an index, a module list or an auto_map
-leads out of the folder; a damaged repository is described; any text has a finite vector.
+leads out of the folder; a damaged repository is described; `from_pretrained` takes none of it either, and what it
+takes is finite; any text has a finite vector, or is named.
 """
 
 import json
@@ -157,16 +158,84 @@ def test_a_damaged_repository(hub, tmp_path, places, cut, in_bin):
     assert not any("\n" in problem or "/tmp/" in problem for problem in found.problems)
 
 
+def loaded(folder) -> JinaBertModel | None:
+    """What `from_pretrained` makes of a folder; None if it names what is wrong with the folder, in one line."""
+    said = ""
+    try:
+        model = JinaBertModel.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        said = str(error)
+    if said:
+        assert str(folder) in said
+        assert "\n" not in said
+        return None
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    return model
+
+
+@settings(FOLDER, max_examples=100)
+@given(data=st.data(), in_bin=st.booleans())
+def test_damaged_weights_are_not_loaded(folder, data, in_bin):
+    """Bytes of a tensor may change to other finite numbers; nothing else does without an error."""
+    name = "pytorch_model.bin" if in_bin else WEIGHTS
+    if in_bin:
+        torch.save(load_file(GOLDEN / "A-small4h" / WEIGHTS), folder / name)
+        (folder / WEIGHTS).unlink(missing_ok=True)
+    else:
+        shutil.copy(GOLDEN / "A-small4h" / WEIGHTS, folder / name)
+    content = (folder / name).read_bytes()
+    cut = content[: data.draw(st.integers(0, len(content) - 1), label="length")]
+    (folder / name).write_bytes(cut)
+    assert loaded(folder) is None
+    places = data.draw(CHANGES, label="bytes")
+    near = places if in_bin else [(place % HEADER, value) for place, value in places]
+    (folder / name).write_bytes(changed(content, near))
+    loaded(folder)
+
+
+@settings(FOLDER, max_examples=60)
+@given(changes=st.dictionaries(st.sampled_from(["hidden_size", "num_hidden_layers", "num_attention_heads",
+                                                "intermediate_size", "vocab_size", "type_vocab_size"]),
+                               ANYTHING, min_size=1) | ANYTHING)  # fmt: skip
+def test_a_configuration_that_lies_is_not_loaded(folder, changes):
+    (folder / "config.json").write_text(json.dumps(SHAPES | changes if isinstance(changes, dict) else changes))
+    model = loaded(folder)
+    if model is not None:
+        assert isinstance(changes, dict)
+        assert all(value == SHAPES[name] for name, value in changes.items() if name != "num_attention_heads")
+
+
+@settings(FOLDER, max_examples=100)
+@given(name=NAMES)
+def test_no_name_is_loaded_from_outside(outside, name):
+    if (outside / WEIGHTS).exists():
+        (outside / WEIGHTS).rename(outside / "part.safetensors")
+    names = load_file(outside / "part.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+    (outside / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert loaded(outside) is None
+
+
 @pytest.fixture(scope="module")
 def model():
     return JinaBertModel.from_pretrained(SHIPPED)
 
 
 @settings(max_examples=100, deadline=None)
-@given(texts=st.lists(st.text(max_size=60), max_size=4))
-def test_any_text_has_a_vector(model, texts):
+@given(texts=st.lists(st.text(st.characters(), max_size=60), max_size=4))
+def test_any_text_has_a_vector_or_is_named(model, texts):
+    """`st.characters()` has the halves of surrogate pairs, too, which are no characters."""
+    broken = [number for number, text in enumerate(texts) if any("\ud800" <= x <= "\udfff" for x in text)]
+    if broken:
+        with pytest.raises(ValueError, match=rf"^sentences\[{broken[0]}\] is not valid Unicode"):
+            model.encode(texts)
+        with pytest.raises(ValueError, match=rf"^texts\[{broken[0]}\] is not valid Unicode"):
+            model.encode_chunks(texts)
+        texts = [text for number, text in enumerate(texts) if number not in broken]
     vectors = model.encode(texts, normalize_embeddings=True)
     assert vectors.shape == (len(texts), 256)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
     if texts:
         np.testing.assert_allclose(vectors[-1], model.encode(texts[-1], normalize_embeddings=True), atol=1e-5)
+    for text, chunks in zip(texts, model.encode_chunks(texts), strict=True):
+        assert all(chunk.text == text[slice(*chunk.span)] and np.isfinite(chunk.embedding).all() for chunk in chunks)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import GOLDEN, tiny_config
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from hub_repo import inspect_folder as info_module
 from hub_repo.convert import convert
@@ -139,6 +139,13 @@ def link_out(folder):
     (folder / "vocab.txt").symlink_to("/etc/passwd")
 
 
+def only_special_tokens(folder):
+    """What transformers 5 makes of a folder with tokenizer_config.json alone, saved again."""
+    for name in ("tokenizer.json", "vocab.txt"):
+        (folder / name).unlink()
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+
+
 def shard(folder, file):
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     names = load_file(folder / "part.safetensors")
@@ -170,6 +177,7 @@ DAMAGES = {
     "lacking": (lambda f: rewrite(f, lambda w: w.pop(KEY)), f"lacks 1 tensors: {KEY}"),
     "unknown": (lambda f: rewrite(f, lambda w: w.update(x=torch.ones(1))), "no JinaBERT of its layout has: x"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: is missing"),
+    "no words": (only_special_tokens, "tokenizer.json: has no vocabulary beyond special tokens"),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: cannot be read"),
     "vocabulary": (lambda f: rewrite_json(f / "config.json", vocab_size=900), "has token 999, the embedding 900 rows"),
     "shard outside": (lambda f: shard(f, "../part.safetensors"), "is not a file name in this folder"),
@@ -270,7 +278,8 @@ def test_info_of_other_folders(tmp_path, capsys):
     assert inspect_folder(tmp_path / "empty").kind == "unknown"
     JinaBertForMaskedLM(tiny_config(vocab_size=100)).save_pretrained(tmp_path / "mlm")
     found = inspect_folder(tmp_path / "mlm")
-    assert (found.kind, found.loads, found.heads) == ("ours", True, ("cls",))
+    assert (found.kind, found.loads, found.heads) == ("ours", False, ("cls",))
+    assert found.problems == (f"{tmp_path / 'mlm'} has no tokenizer: neither tokenizer.json nor vocab.txt.",)
     assert "tokenizer.json" in found.missing
     assert info_module.main([str(tmp_path / "nowhere")]) == 2
     assert info_module.main([str(tmp_path / "mlm"), "--json"]) == 0

@@ -5,6 +5,7 @@ weights and tokenizer, so a renamed folder is the same model and one that was tr
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from .text_input import Row
 from .vector_files import Embeddings, Layout
 
 _TOKENIZER = "tokenizer.json"
-_CHUNK_COLUMNS = ("chunk", "start", "end")
+GIVEN_SPANS = "spans"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Encoding:
         truncation: Whether longer texts are cut off there.
         normalize: Scale to length 1.
         truncate_dim: Keep the first dimensions only.
-        chunks: None for one vector a text; "sentences" or a number of tokens for late chunking.
+        chunks: None for one vector a text; for late chunking "sentences", a number of tokens, or `GIVEN_SPANS` for
+            those of each row.
         overlap: Tokens that a window repeats of the one before, with `chunks`.
     """
 
@@ -60,7 +62,7 @@ class ModelFolder:
         dimensions: Of a vector.
 
     Raises:
-        FolderError: No such folder or repository, or none of a JinaBERT.
+        FolderError: No such folder or repository, or none of a JinaBERT with its tokenizer.
         ValueError: An encoding that the model cannot do.
     """
 
@@ -70,12 +72,15 @@ class ModelFolder:
         from ..folders.checkpoint_files import stored_tensors
         from ..folders.layouts import read_config
         from ..folders.loading import quiet_transformers
+        from ..folders.tokenizer_checks import refuse_bad_tokenizer
         from ..hub.snapshot import fetch
 
         quiet_transformers()
         self.name, self.encoding, self.path = name, encoding, fetch(name)
         stored = stored_tensors(self.path)
-        hidden = read_config(self.path, set(stored)).hidden_size
+        config = read_config(self.path, set(stored))
+        refuse_bad_tokenizer(self.path, config)
+        hidden = config.hidden_size
         dim = encoding.truncate_dim
         if dim is not None and dim > hidden:
             raise ValueError(f"--truncate-dim {dim} is more than the {hidden} dimensions of {name}.")
@@ -157,14 +162,19 @@ def _embed_texts(model, rows: list[Row], encoding: Encoding, layout: Layout) -> 
 
 
 def _embed_chunks(model, rows: list[Row], encoding: Encoding, layout: Layout) -> Result:
-    of_rows = model.encode_chunks(
-        [row.text for row in rows],
-        encoding.chunks,
-        max_length=encoding.max_length or "model",
-        overlap=encoding.overlap,
-        normalize_embeddings=encoding.normalize,
-        truncate_dim=encoding.truncate_dim,
-    )
+    try:
+        of_rows = model.encode_chunks(
+            [row.text for row in rows],
+            [row.spans for row in rows] if encoding.chunks == GIVEN_SPANS else encoding.chunks,
+            max_length=encoding.max_length or "model",
+            overlap=encoding.overlap,
+            normalize_embeddings=encoding.normalize,
+            truncate_dim=encoding.truncate_dim,
+        )
+    except ValueError as error:
+        if found := re.search(r" of texts\[(\d+)\]", str(error)):  # a span without a token
+            raise ValueError(f"{rows[int(found[1])]}: {str(error).replace(found[0], '')}") from None
+        raise
     found = [(row, *item) for row, chunks in zip(rows, of_rows, strict=True) for item in enumerate(chunks)]
     vectors = np.array([chunk.embedding for _, _, chunk in found], np.float32).reshape(len(found), layout.dimensions)
     columns: dict[str, list] = {
@@ -174,6 +184,8 @@ def _embed_chunks(model, rows: list[Row], encoding: Encoding, layout: Layout) ->
         "chunk": [number for _, number, _ in found],
         "start": [chunk.span[0] for _, _, chunk in found],
         "end": [chunk.span[1] for _, _, chunk in found],
+        "first_token": [chunk.tokens[0] for _, _, chunk in found],
+        "end_token": [chunk.tokens[1] for _, _, chunk in found],
         "text": [chunk.text for _, _, chunk in found],
     }
     vectors = _stored(vectors, [row for row, _, _ in found], layout)

@@ -8,7 +8,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint_files import FolderError, is_plain_name, read_json
+from modeling_jina_bert.checkpoints import is_plain_name
+
+from .checkpoint_files import FolderError, read_json
 from .findings import Finding
 from .folder_files import code_files
 

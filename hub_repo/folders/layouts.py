@@ -13,7 +13,7 @@ import torch
 from modeling_jina_bert import JinaBertConfig, JinaBertForMaskedLM, JinaBertModel
 from modeling_jina_bert.checkpoints import is_qk_post_norm
 
-from .checkpoint_files import DTYPES, FolderError, StoredTensor
+from .checkpoint_files import DTYPES, FolderError, StoredTensor, stored_tensors
 
 PREFIX = "bert."
 RECOMPUTED = ("embeddings.position_ids", "embeddings.token_type_ids", "encoder.alibi")
@@ -129,6 +129,19 @@ def compare(stored: dict[str, StoredTensor], config: JinaBertConfig) -> Comparis
     whole = {head for head in ("cls", "pooler") if any(name.startswith(f"{head}.") for name in found)}
     result.missing.extend(name for name in absent if name.split(".")[0] not in {"cls", "pooler"} - whole)
     return result
+
+
+def read_fitting(folder: Path) -> tuple[dict[str, StoredTensor], JinaBertConfig]:
+    """The tensors of a folder and its configuration, which say the same.
+
+    Raises:
+        FolderError: They do not, or one of them cannot be read.
+    """
+    stored = stored_tensors(folder)
+    config = read_config(folder, set(stored))
+    if problems := compare(stored, config).problems():
+        raise FolderError(f"{folder} is no JinaBERT that we know: {'; '.join(problems)}.")
+    return stored, config
 
 
 def _shape_fields(config: JinaBertConfig) -> dict[str, object]:

@@ -31,6 +31,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, validate_repo_id
 
+from modeling_jina_bert.checkpoints import is_plain_name
+
 from ..folders import checkpoint_files as files
 from ..folders.checkpoint_files import FolderError
 from .remote import one_line
@@ -80,7 +82,7 @@ def outlined(repo_id: str, revision: str | None = None) -> Iterator[Outline]:
             hub = _Revision(repo_id, revision)
             problems = list(_write(hub, folder))
         except (HTTPError, OSError, ValueError, RuntimeError) as error:  # HfHubHTTPError is an OSError
-            raise error if isinstance(error, FolderError) else _failed(repo_id, revision, error) from None
+            raise error if isinstance(error, FolderError) else hub_error(repo_id, revision, error) from None
         yield Outline(folder, hub.commit, tuple(problems))
 
 
@@ -123,7 +125,7 @@ class _Revision:
 def _write(hub: _Revision, folder: Path) -> Iterator[str]:
     """Writes the outline; yields problems."""
     for path, size in sorted(hub.sizes.items()):
-        if not all(map(files.is_plain_name, path.split("/"))):
+        if not all(map(is_plain_name, path.split("/"))):
             yield f"lists {path!r}, which is no path in a folder"
             continue
         if not _LISTED.fullmatch(path):
@@ -213,7 +215,7 @@ class _Ranges(io.RawIOBase):
         return len(content)
 
 
-def _failed(repo_id: str, revision: str | None, error: Exception) -> FolderError:
+def hub_error(repo_id: str, revision: str | None, error: BaseException) -> FolderError:
     """The one line for an error of the Hub or of the way to it."""
     page = f"{constants.ENDPOINT}/{repo_id}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
 from ..folders.checkpoint_files import INDEX, WEIGHTS, FolderError
+from .outline import hub_error
 
 _FETCHED = ("*.json", "*.safetensors", "*.txt", "*.md", "LICENSE*")
 
@@ -11,12 +15,11 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
     """A folder with the files of a folder or Hub repository; of the latter without what no conversion reads.
 
     Raises:
-        FolderError: There is no such folder or repository, or the Hub cannot be reached.
+        FolderError: There is no such folder, repository or revision, it is gated, or the Hub cannot be reached: one
+            line, without the token.
     """
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
-
     if len(Path(source).parts) != 2 or Path(source).is_absolute():
         raise FolderError(f"{source} is neither a folder nor the name of a Hub repository.")
     try:
@@ -24,6 +27,12 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
         if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
             snapshot_download(str(source), revision=revision, allow_patterns=["pytorch_model*.bin"])
         return folder
-    except Exception as error:  # the Hub client has many
-        message = " ".join(str(error).split())[:300]
-        raise FolderError(f"{source} cannot be fetched from the Hub: {type(error).__name__}: {message}") from None
+    except LocalEntryNotFoundError as error:  # neither on the Hub nor in the cache; what the Hub said is the cause
+        raise hub_error(str(source), revision, _said(error)) from None
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # HfHubHTTPError is an OSError
+        raise hub_error(str(source), revision, error) from None
+
+
+def _said(error: BaseException) -> Exception:
+    cause = error.__cause__
+    return _said(cause) if isinstance(cause, LocalEntryNotFoundError) else cause or error

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from .encoding import token_budget_batches
+from .encoding import check_text, token_budget_batches
 from .packing import Sequences
 
 TOKENS_PER_BATCH = 16384
@@ -247,8 +247,9 @@ class EncodeChunksMixin(_PreTrainedModel):
             With "sentences" or a number, a text without a token (empty, or white space) has no chunks.
 
         Raises:
-            ValueError: A text that is no string; spans that are none of the above, out of range, reversed or without a
-                token; an overlap that is not less than `max_length`; a truncate_dim out of range; a slow tokenizer.
+            ValueError: A text that is no string or has a lone surrogate; spans that are none of the above, out of
+                range, reversed or without a token; an overlap that is not less than `max_length`; a truncate_dim out
+                of range; a slow tokenizer.
         """
         single = isinstance(texts, str)
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -346,8 +347,7 @@ def _groups(texts: Sequence[str]) -> Iterator[list[int]]:
 def _cuts(texts: list[str], spans: Any, *, single: bool) -> list[Any]:
     """How each text is cut: None, "sentences", a number, or a list of checked pairs."""
     for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"texts[{index}] is {text!r}, not a string.")
+        check_text(f"texts[{index}]", text)
     if single or spans is None or isinstance(spans, str | int):
         return [_cut(spans, text, index) for index, text in enumerate(texts)]
     if len(spans) != len(texts):
