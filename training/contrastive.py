@@ -149,8 +149,21 @@ def save_final(recipe: ContrastiveRecipe, trainer: PairTrainer) -> Path:
             model.save_pretrained(str(output_dir / "adapter"))
             merge_lora(model)
         model.save_pretrained(str(output_dir / "final"))
+        add_sources(output_dir / "final" / "README.md", recipe)
     trainer.accelerator.wait_for_everyone()
     return output_dir / "final"
+
+
+def add_sources(card: Path, recipe: ContrastiveRecipe):
+    """Adds to the card that sentence-transformers wrote a table of what was trained on: kind, licence, origin."""
+    rows = ["", "## Training sources", "", "| source | weight | kind | licence | origin |", "|---|---:|---|---|---|"]
+    for source in recipe.sources:
+        kind = source.kind.value.replace("_", " ") if source.kind else "not stated"
+        rows.append(
+            f"| {source.name} | {source.weight:g} | {kind} | {source.licence or 'not stated'} "
+            f"| {source.url or source.hub or source.path} |"
+        )
+    card.write_text(card.read_text(encoding="utf-8").rstrip() + "\n" + "\n".join(rows) + "\n", encoding="utf-8")
 
 
 def contrastive_loss(

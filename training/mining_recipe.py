@@ -157,6 +157,12 @@ def check(recipe: MiningRecipe):
     _check_numbers(recipe)
     _check_names(recipe)
     _check_quotas(recipe)
+    for source in recipe.sources:
+        if not source.is_minable:
+            raise RecipeError(
+                f"source {source.name}: what is near {source.kind.value} may match; stage III gives them random "
+                "negatives, leave the source out here."
+            )
     for key, judge in (("teacher", recipe.teacher), ("cross_encoder", recipe.cross_encoder)):
         if judge and judge.margin is None and judge.relative_margin is None:
             raise RecipeError(f"{key}: give margin or relative_margin; without one it removes nothing.")

@@ -88,7 +88,7 @@ def pair_report(root: Path) -> dict[str, Any]:
                 "examples": examples(root / "removed" / name, sources),
             }
         )
-    written = OmegaConf.to_container(recipe)
+    written = OmegaConf.to_container(recipe, enum_to_str=True)
     return {
         "recipe": {key: value for key, value in written.items() if key not in ("output_dir", "data_dir")},
         "versions": {package: version(package) for package in _PACKAGES},
@@ -182,7 +182,8 @@ def markdown(report: dict[str, Any]) -> str:
     steps = report["steps"]
     lines = ["# Pair preparation", "", "Pairs, all sources together.", "", *_summary(steps)]
     lines += ["", "Removed by source: pairs, and share of those that came to the step.", "", *_by_source_table(steps)]
-    lines += ["", *_rules(report), "", "## What was removed, examples", ""]
+    lines += ["", *_rules(report), "", "## Sources", "", *_sources(report["recipe"]["sources"])]
+    lines += ["", "## What was removed, examples", ""]
     for step in steps:
         if step["step"] == "sample" or not step["examples"]:
             continue
@@ -212,6 +213,15 @@ def _by_source_table(steps: list[dict[str, Any]]) -> list[str]:
     for source, pairs in steps[0]["before"].items():
         cells = [f"{step['removed'][source]:,} ({step['share'][source]:.1%})" for step in steps]
         rows.append(f"| {source} | {pairs:,} | {' | '.join(cells)} | {steps[-1]['kept'][source]:,} |")
+    return rows
+
+
+def _sources(sources: list[dict[str, Any]]) -> list[str]:
+    rows = ["| source | kind | licence | origin |", "|---|---|---|---|"]
+    for source in sources:
+        kind = source["kind"] and source["kind"].replace("_", " ")
+        cells = [source["name"], kind, source["licence"], source["url"] or source["hub"] or source["path"]]
+        rows.append(f"| {' | '.join(cell or 'not stated' for cell in cells)} |")
     return rows
 
 

@@ -128,7 +128,7 @@ def _from_hub(source: Source, recipe: ContrastiveRecipe) -> Dataset:
     """
     revision = load_dataset_builder(source.hub, source.hub_config).hash
     wanted = [source.hub, revision, source.hub_config, source.split, source.anchor, source.positive, recipe.max_rows]
-    wanted += [source.negatives if recipe.num_negatives else None, _VERSION]
+    wanted += [source.negatives if recipe.num_negatives and source.is_minable else None, _VERSION]
     rows = {"source": source, "recipe": recipe}
     return Dataset.from_generator(_stream, gen_kwargs=rows, fingerprint=Hasher.hash(wanted))
 
@@ -150,7 +150,7 @@ def _pairs(dataset: D, source: Source, recipe: ContrastiveRecipe) -> D:
     """
     columns = {source.anchor: "anchor", source.positive: "positive"}
     negatives = []
-    if recipe.num_negatives and source.negatives is not None:
+    if recipe.num_negatives and source.is_minable and source.negatives is not None:
         names = dataset.column_names or list(next(readable(source, dataset), {}))
         negatives = fnmatch.filter(names, source.negatives) or [source.negatives]
     check_columns(dataset, source, [*columns, *negatives])

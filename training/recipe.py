@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,22 @@ R = TypeVar("R")
 
 class RecipeError(ValueError):
     """A recipe or its data cannot be run; the message says which key or file, and what was expected."""
+
+
+class SourceKind(str, Enum):
+    """What the two texts of a pair are to each other."""
+
+    retrieval = "retrieval"  # a search and a passage that answers it
+    qa = "qa"
+    title_body = "title_body"
+    summary = "summary"
+    definition = "definition"
+    code = "code"
+    passage = "passage"  # and its document
+    nli = "nli"  # entailment, the negatives contradictions
+    sentences = "sentences"  # neighbours
+    duplicates = "duplicates"
+    paraphrase = "paraphrase"
 
 
 @dataclass
@@ -43,6 +60,9 @@ class Source:
         positive: Column with the matching text (stages II and III).
         negatives: Column with a hard negative or a list of them, or a pattern of columns ("negative_*") (stage III).
             None: the source has none, they are all filled as the recipe says.
+        kind: What a pair is. What is near one of `duplicates` or a `paraphrase` may be another of them: mining refuses
+            them, and in stage III all their negatives are random ones, whatever `negatives` says.
+        licence: Of the texts, in words, for reports and the model card.
         url: Public origin, for the model card.
     """
 
@@ -58,7 +78,14 @@ class Source:
     anchor: str = "query"
     positive: str = "positive"
     negatives: str | None = "negatives"
+    kind: SourceKind | None = None
+    licence: str | None = None
     url: str | None = None
+
+    @property
+    def is_minable(self) -> bool:
+        """Whether passages near the anchor make good negatives."""
+        return self.kind not in (SourceKind.duplicates, SourceKind.paraphrase)
 
 
 @dataclass
