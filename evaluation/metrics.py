@@ -48,6 +48,7 @@ TASK_MEASURES = {  # the first is the one that MTEB ranks by
     "clustering": ("v_measure",),
     "classification": ("accuracy", "macro_f1"),
 }
+CORRELATIONS = TASK_MEASURES["similarity"]  # from -1 to 1; every other measure is from 0 to 1
 
 # (weights `(resamples, items)`, weights of the runs `(resamples, runs)`) -> measure -> `(resamples,) float64`.
 Statistic = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .sets import EvaluationError
 
@@ -34,9 +35,20 @@ _PACKAGES = (
 Samples = dict[str, np.ndarray]  # name -> array; see `evaluation.metrics`
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the scores."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+def versions() -> dict[str, str | int]:
+    """Versions of Python and of the packages that decide the scores; processor, its cores, and threads in use."""
+    machine = {"processor": _processor(), "cores": os.cpu_count() or 1, "threads": torch.get_num_threads()}
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages, **machine}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def read_records(path: Path, fields: Collection[str] = FIELDS) -> list[dict[str, Any]]:

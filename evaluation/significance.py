@@ -4,7 +4,8 @@ Resampled are the items (pairs, texts, or queries in groups of those that one do
 independent) and, where a score is a mean over clusterings or classifiers, these too. Two systems get the same draws.
 
 Laws: an interval is the middle 95 % of the resampled scores, moved so that their mean is the score: a sample with
-repetitions makes a V-measure greater, and its plain percentiles may miss the score. The p-value of a mean over queries
+repetitions makes a V-measure greater, and its plain percentiles may miss the score. What the move carries beyond the
+range of the measure (a nDCG of 1.003) is cut off there. The p-value of a mean over queries
 is that of random signs of the differences of groups (two-sided), of any other measure that of the resampled
 differences about their mean; the least is 1 / (resamples + 1).
 COST: `RESAMPLES` x items x runs additions, in blocks of `BLOCK` weights.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .metrics import TASK_MEASURES, items, runs, scores, statistic
+from .metrics import CORRELATIONS, TASK_MEASURES, items, runs, scores, statistic
 from .records import Samples
 
 RESAMPLES = 2000
@@ -73,24 +74,34 @@ def resampled_scores(task: str, samples: Samples, *, seed: int = 0) -> dict[str,
     return {name: np.concatenate([block[name] for block in blocks]) for name in TASK_MEASURES[task]}
 
 
-def middle(resampled: np.ndarray, score: float) -> Interval | None:
+def bounds(measure: str) -> Interval:
+    """The range of a measure."""
+    return (-1.0, 1.0) if measure in CORRELATIONS else (0.0, 1.0)
+
+
+def middle(resampled: np.ndarray, score: float, within: Interval) -> Interval | None:
     """The interval of a score from its resamples; None where more than half of them are undefined.
 
+    Args:
+        resampled: `(resamples,)`, NaN where undefined.
+        score: On the whole sample.
+        within: The range of the measure; the interval ends there at the latest.
+
     Example:
-        >>> middle(np.arange(101.0), 60.0)
-        (12.5, 107.5)
+        >>> middle(np.arange(101.0), 60.0, (0.0, 100.0))
+        (12.5, 100.0)
     """
     defined = resampled[np.isfinite(resampled)]
     if 2 * len(defined) < len(resampled):
         return None
     low, high = np.percentile(defined - defined.mean() + score, [50 - LEVEL / 2, 50 + LEVEL / 2])
-    return float(low), float(high)
+    return float(max(low, within[0])), float(min(high, within[1]))
 
 
 def intervals(task: str, samples: Samples) -> dict[str, Interval | None]:
     """The interval of every measure of a task."""
     of_all = scores(task, samples)
-    return {name: middle(x, of_all[name]) for name, x in resampled_scores(task, samples).items()}
+    return {name: middle(x, of_all[name], bounds(name)) for name, x in resampled_scores(task, samples).items()}
 
 
 def differences(task: str, first: Samples, second: Samples, *, seed: int = 0) -> dict[str, Difference]:
@@ -113,7 +124,8 @@ def differences(task: str, first: Samples, second: Samples, *, seed: int = 0) ->
         else:
             defined = resampled[np.isfinite(resampled)]
             p = _share(np.abs(defined - defined.mean()), abs(value)) if len(defined) else 1.0
-        found[name] = Difference(value, middle(resampled, value), p)
+        low, high = bounds(name)
+        found[name] = Difference(value, middle(resampled, value, (low - high, high - low)), p)
     return found
 
 

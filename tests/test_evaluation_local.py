@@ -131,6 +131,8 @@ def test_the_command_writes_records_and_tables(data, model_folder, tmp_path, cap
     assert bm25["settings"].items() >= {"k1": 1.5, "b": 0.75, "stopwords": "english"}.items()
     assert "--max-length 8" in model["command"]
     assert model["versions"]["torch"] == torch.__version__
+    assert model["versions"]["threads"] == torch.get_num_threads()
+    assert model["versions"]["processor"]
     assert -1 <= records[2]["metrics"]["spearman"] <= 1
     assert records[3]["metrics"]["spearman"] is None  # no two of these sentences share a word
     header, rows = table_rows(records)

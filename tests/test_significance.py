@@ -15,7 +15,15 @@ from evaluation.metrics import TASK_MEASURES, scores, statistic
 from evaluation.records import samples_path
 from evaluation.scoring import Protocol
 from evaluation.sets import PairSet
-from evaluation.significance import differences, holm, intervals, permutation_p, resampled_scores, resampled_weights
+from evaluation.significance import (
+    bounds,
+    differences,
+    holm,
+    intervals,
+    permutation_p,
+    resampled_scores,
+    resampled_weights,
+)
 
 
 def make_samples(task: str, *, count: int = 40, seed: int = 0) -> dict[str, np.ndarray]:
@@ -83,6 +91,22 @@ def test_intervals_hold_the_truth(monkeypatch):
         low, high = intervals("similarity", samples)["pearson"]
         held += low <= truth <= high
     assert binomtest(held, trials, 0.94).pvalue > 0.01  # a bootstrap of 80 pairs is a little too narrow
+
+
+def test_an_interval_ends_where_its_measure_does():
+    found = np.ones(40)
+    found[:2] = 0.5
+    samples = {name: found for name in TASK_MEASURES["retrieval"]} | {"group": np.arange(40)}
+    drawn = resampled_scores("retrieval", samples)["ndcg_at_10"]
+    low, high = np.percentile(drawn - drawn.mean() + found.mean(), [2.5, 97.5])
+    assert high > 1  # control: without the cut it would not
+    assert intervals("retrieval", samples)["ndcg_at_10"] == (pytest.approx(low), 1.0)
+    nothing = dict.fromkeys(TASK_MEASURES["retrieval"], np.zeros(40)) | {"group": np.arange(40)}
+    assert differences("retrieval", samples, nothing)["ndcg_at_10"].interval[0] == -1.0
+    gold = np.arange(40) % 2
+    clusters = {"gold": gold, "assigned": np.random.default_rng(1).integers(2, size=(1, 40))}
+    assert intervals("clustering", clusters)["v_measure"][0] == 0.0
+    assert bounds("spearman") == (-1.0, 1.0)
 
 
 def test_the_interval_of_a_v_measure_is_around_it():
@@ -157,6 +181,7 @@ class Cosines:
 
     def __init__(self, name, similarity):
         self.name, self.settings, self._similarity = name, {"kind": "test", "max_length": 8}, similarity
+        self.placed = {}
 
     def similarity(self, first, second):
         return self._similarity[: len(first)].astype(np.float32)
