@@ -26,7 +26,17 @@ import numpy as np
 from .command_line import ending
 from .loading import DTYPES
 from .mteb_model import NORMALIZE, TextEncoder, mteb_name
-from .mteb_tasks import CATEGORIES, LOCO, PAPER, PUBLISHED, PUBLISHED_LENGTHS, load_task, paper_tasks, select_tasks
+from .mteb_tasks import (
+    CATEGORIES,
+    LOCO,
+    PAPER,
+    PUBLISHED,
+    PUBLISHED_LENGTHS,
+    load_task,
+    mteb_names,
+    paper_tasks,
+    select_tasks,
+)
 from .mteb_training import TINY, Training
 from .records import read_records, versions, write_records
 from .sets import EvaluationError
@@ -233,8 +243,9 @@ def markdown(records: Sequence[dict[str, Any]] = ()) -> str:
     """
     lines = [
         f"# {PAPER} and others", "",
-        "Scores in percent. Published rows: arXiv 2310.19923. An average over fewer than all tasks says so and is not "
-        "comparable.", "",
+        "Scores in percent. Published rows: arXiv 2310.19923, and for columns that we have not read there the model "
+        "cards of jina-embeddings-v2-small-en and thenlper/gte-base. An average over fewer than all tasks says so and "
+        "is not comparable.", "",
         *_paper_table(records), "",
     ]  # fmt: skip
     if lengths := _lengths_table(records):
@@ -321,6 +332,9 @@ def run(arguments: argparse.Namespace, *, command: str) -> tuple[list[dict[str, 
     if arguments.output.exists() and not arguments.output.is_dir():
         raise EvaluationError(f"--output {arguments.output}: is a file.")
     tasks = select_tasks(arguments.tasks, arguments.data)
+    if arguments.trained_on and arguments.trained_on != ["tiny"]:
+        for unknown in set(arguments.trained_on) - mteb_names() - set(LOCO):
+            logger.warning("--trained-on %s: is no task of mteb; none is called trained on by it.", unknown)
     arguments.output.mkdir(parents=True, exist_ok=True)
     read_records(arguments.output / SCORES)
     failures = []

@@ -159,10 +159,10 @@ def test_real_tasks_run_offline_and_are_not_run_again(data, tmp_path, capsys, mo
     assert len(again) == 2
 
 
-def test_lengths_are_experiments_of_their_own(data, tmp_path, capsys):
+def test_lengths_are_experiments_of_their_own(data, tmp_path, capsys, caplog):
     output = tmp_path / "out"
     arguments = arguments_for(data, output, "--tasks", "ir/Facts", "--max-length", 8, 8192)
-    assert run([*arguments, "--normalize", "never"]) == 0
+    assert run([*arguments, "--normalize", "never", "--trained-on", "MSMARCO", "MSMARKO"]) == 0
     folder = next((output / "results" / "me__tiny").iterdir())
     found = {path.parent.name: TaskResult.from_disk(path).main_score for path in folder.rglob("ir-Facts.json")}
     assert set(found) == {"max_length_8__normalize_never", "normalize_never"}
@@ -171,6 +171,10 @@ def test_lengths_are_experiments_of_their_own(data, tmp_path, capsys):
     assert records[0]["sizes"]["truncated_texts"] > 20
     assert found["max_length_8__normalize_never"] < found["normalize_never"]
     assert "not normalised" in capsys.readouterr().out
+    meta = json.loads(next(folder.rglob("model_meta.json")).read_text())
+    assert set(meta["training_datasets"]) == {"MSMARCO", "MSMARKO"}
+    assert "--trained-on MSMARKO: is no task of mteb" in caplog.text
+    assert "--trained-on MSMARCO" not in caplog.text
     encoder = TextEncoder(str(SHIPPED), device="cpu", normalize="never")
     (vector,) = encoder.encode([{"text": ["a text"]}], task_metadata=LOCO["LoCoQMSumRetrieval"].metadata,
                                hf_split="test", hf_subset="default")  # fmt: skip
