@@ -17,6 +17,14 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f"the package {module.split('.')[0]} is needed: pip install 'modeling-jina-bert[{extra}]'"
-        ) from error
+        raise ImportError(f"the package {module.split('.')[0]} is needed: {install_command(extra)}") from error
+
+
+def install_command(extra: str) -> str:
+    """Installs the packages of an extra.
+
+    Example:
+        >>> install_command("cli")
+        'pip install -e ".[cli]" in a clone of the project'
+    """
+    return f'pip install -e ".[{extra}]" in a clone of the project'

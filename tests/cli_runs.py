@@ -66,8 +66,11 @@ def rows_of(stdout):
     return [json.loads(line) for line in stdout.split("\n")[:-1]]
 
 
-def write(path, texts):
-    """A file of the form that its name says, with the texts as "text" and identifiers t0, t1, ... as "name"."""
+def write(path, texts, more=None):
+    """A file of the form that its name says, with the texts as "text" and identifiers t0, t1, ... as "name".
+
+    `more` are further fields of JSON lines, a list of values each.
+    """
     names = [f"t{number}" for number in range(len(texts))]
     if path.suffix == ".parquet":
         columns = {"name": names, "text": pa.array(texts).dictionary_encode(), "n": list(range(len(texts)))}
@@ -75,7 +78,9 @@ def write(path, texts):
         return path
     table = io.StringIO()
     if ".jsonl" in path.name:
-        table.writelines(json.dumps({"name": n, "text": t}) + "\n\n" for n, t in zip(names, texts, strict=True))
+        columns = {"name": names, "text": texts, **(more or {})}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        table.writelines(json.dumps(row) + "\n\n" for row in rows)
     elif path.suffix in (".csv", ".gz"):
         writer = csv.writer(table, delimiter="\t" if ".tsv" in path.name else ",")
         writer.writerows([["name", "text"], *zip(names, texts, strict=True)])

@@ -2,7 +2,7 @@
 
 Pins: an index answers with exact scores, refuses another model and damage, and an interrupted build goes on; chunks
 are those of `encode_chunks`; a wrong command is one line and status 2; the other verbs reach what they stand for, and
-name the extra that is missing; every verb has help with an example, and help loads no torch.
+name the extra that is missing; help loads no torch (what it says: test_cli_help.py).
 """
 
 import importlib.abc
@@ -11,14 +11,15 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cli_runs import (  # noqa: F401  pytest finds the fixtures by name
     LIBRARY,
     Interrupt,
-    app,
     in_a_folder,
     loaded_once,
     refuse,
@@ -29,7 +30,6 @@ from cli_runs import (  # noqa: F401  pytest finds the fixtures by name
 )
 from conftest import GOLDEN, REPOSITORY, SHIPPED
 from safetensors.torch import load_file, save_file
-from typer.main import get_command
 
 from modeling_jina_bert import JinaBertModel
 
@@ -56,19 +56,45 @@ def test_wrong_commands_are_one_line(tmp_path):
         (["encode", "a.txt", "--model", "nowhere"], "nowhere is neither a folder nor the name of a Hub repository"),
         (["encode", "a.txt", "--model", "."], ". has no weights"),
         (["encode", "a.txt", "--frmat", "csv"], "No such option: --frmat"),
+        (["encode", "a.txt", "--column", "a", "--column", "b"], "--column is there 2 times: give it once"),
+        (["encode", "a.txt", "--normalize", "--no-normalize"], "--normalize is there 2 times"),
         (["encde"], "No such command 'encde'. Did you mean 'encode'?"),
         (["chunk", "a.txt", "--by", "pages"], "--by pages: give sentences, or a number of tokens"),
         (["chunk", "a.txt", "--max-length", "5", "--overlap", "9"], "overlap=9 tokens is not at least 0 and less"),
+        (["chunk", "a.txt", "--by", "9", "--spans-column", "s"], "give one of them"),
+        (["chunk", "a.txt", "--spans-column", "s"], "a.txt is read as text, which has no lists of spans"),
         (["search", "query", "nowhere", "text"], "nowhere is no index"),
         (["search", "build", "a.txt", "a.txt"], "a.txt exists and is no index"),
         (["info", "nowhere"], "nowhere is neither a folder nor the name of a Hub repository"),
         (["convert", "nowhere", "out"], "nowhere is neither a folder"),
         (["export", str(SHIPPED), "out", "--gguf", "q2"], "GGUF type 'q2' is not one of"),
         (["push", str(SHIPPED), "no-owner"], "no-owner"),
+        (["push", "nowhere", "me/model"], "'nowhere' does not exist"),
+        (["verify", "nowhere"], "'nowhere' does not exist"),
+        (["card", "a.txt", "--model", "x"], "--results and --model belong together"),
         (["train", "nothing"], "training has no program 'nothing'; it has"),
     ):  # fmt: skip
         assert message in refuse(*arguments)
     assert os.listdir() == ["a.txt"]
+
+
+def test_an_error_of_any_kind_is_one_line_and_traceback_shows_where(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a\n")
+
+    def fail(*arguments, **options):
+        raise KeyError("a\nkey")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JinaBertModel, "encode", fail)
+        assert refuse("encode", "a.txt") == "error: KeyError: 'a\\nkey'\n"
+        for options, variable in ((["--traceback"], ""), ([], "1")):
+            patch.setenv("JINA_BERT_TRACEBACK", variable)
+            with pytest.raises(AssertionError, match="key"):  # of `run`, that an exception came out
+                run(*options, "encode", "a.txt")
+
+
+def test_the_version_is_that_of_the_package():
+    assert succeed("--version")[0] == f"jina-bert {version('modeling-jina-bert')}\n"
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +185,7 @@ def test_chunks_are_those_of_encode_chunks(tmp_path, model):
     expected = [chunk for text in texts for chunk in model.encode_chunks(text, normalize_embeddings=True)]
     for row, chunk in zip(rows, expected, strict=True):
         assert (row["start"], row["end"]) == chunk.span
+        assert (row["first_token"], row["end_token"]) == chunk.tokens
         assert texts[row["row"]][row["start"] : row["end"]] == row["text"]
         np.testing.assert_allclose(row["embedding"], chunk.embedding, atol=1e-6)
     table = pq.read_table("out.parquet")
@@ -167,6 +194,40 @@ def test_chunks_are_those_of_encode_chunks(tmp_path, model):
     ]
     stdout, _ = succeed("chunk", "--by", 4, stdin=b"one two three four five\nsix")
     assert [row["text"] for row in rows_of(stdout)] == ["one two three four", "five\nsix"]
+
+
+SPANS = [[[0, 13], [14, 31], [4, 12]], [], [[0, 11]]]
+
+
+def test_chunks_of_given_spans_are_those_of_encode_chunks(tmp_path, model):
+    texts = ["One sentence. And a second one!", "", "Hello world"]
+    write(tmp_path / "a.jsonl", texts, {"parts": SPANS})
+    pq.write_table(pa.table({"text": texts, "parts": pa.array(SPANS, pa.list_(pa.list_(pa.int32())))}), "a.parquet")
+    expected = model.encode_chunks(texts, SPANS, normalize_embeddings=True)
+    for name in ("a.jsonl", "a.parquet"):
+        rows = rows_of(succeed("chunk", name, "--spans-column", "parts")[0])
+        assert [(row["row"], row["chunk"]) for row in rows] == [(0, 0), (0, 1), (0, 2), (2, 0)]
+        for row, chunk in zip(rows, [chunk for chunks in expected for chunk in chunks], strict=True):
+            assert ((row["start"], row["end"]), (row["first_token"], row["end_token"])) == (chunk.span, chunk.tokens)
+            np.testing.assert_allclose(row["embedding"], chunk.embedding, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        (None, "a.jsonl, line 3: 'parts' is None (NoneType), not a list of [start, end]"),
+        ([[0, 1], 7], "a.jsonl, line 3: parts[1] is 7 (int), not [start, end]"),
+        ([[0, True]], "a.jsonl, line 3: parts[0] is [0, True] (list), not [start, end]"),
+        ([[0, 9]], "a.jsonl, line 3: parts[0] is [0, 9], not 0 <= start < end <= 4"),
+        ([[2, 2]], "a.jsonl, line 3: parts[0] is [2, 2], not 0 <= start"),
+        ([[0, 1], [1, 2]], "a.jsonl, text 1: spans[1] is (1, 2), where no token begins: ' '"),
+    ],
+)
+def test_a_bad_span_is_one_line_that_names_the_place(tmp_path, spans, message):
+    write(tmp_path / "a.jsonl", ["fine", "a  b"], {"parts": [[[0, 4]], spans]})
+    assert message in refuse("chunk", "a.jsonl", "--spans-column", "parts", "-o", "out.npy")
+    pq.write_table(pa.table({"text": ["a"], "parts": [1]}), "b.parquet")
+    assert "b.parquet, row 0: 'parts' is 1 (int)" in refuse("chunk", "b.parquet", "--spans-column", "parts")
 
 
 def test_folder_verbs_run_the_functions_of_the_package(tmp_path):
@@ -210,23 +271,30 @@ def test_delegating_verbs_pass_everything_through(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "meta_path", [Missing("omegaconf"), *sys.meta_path])
     message = refuse("train", "mlm", "--help")
-    assert message == "error: training.mlm needs omegaconf: pip install 'modeling-jina-bert[train]'\n"
+    assert message == 'error: training.mlm needs omegaconf: pip install -e ".[train]" in a clone of the project\n'
 
 
-def commands(group, prefix=()):
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*prefix, name))
-        else:
-            yield (*prefix, name), command
+def test_a_delegated_program_that_fails_is_one_line_and_status_1(tmp_path):
+    """A recipe of the repository, which names its tokenizer from there, in another folder."""
+    (tmp_path / "data").mkdir()
+    recipe = REPOSITORY / "training" / "recipes" / "tiny-mlm.yaml"
+    status, stdout, stderr = run("train", "mlm", "--config", recipe, "data_dir=data")
+    assert (status in (1, 2), stdout) == (True, "")
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1, stderr
 
 
-def test_every_verb_has_help_with_an_example():
-    verbs = dict(commands(get_command(app())))
-    assert len(verbs) == 12
-    for names in verbs:
-        shown = " ".join(succeed(*names, "--help")[0].split())
-        assert f"jina-bert {' '.join(names)} " in shown.partition("Example")[2], names
+def test_a_program_that_breaks_ends_with_1(monkeypatch):
+    def broken(*arguments, **options):
+        raise IndexError("of the program,\nnot the input")
+
+    monkeypatch.setattr("runpy.run_module", broken)
+    status, _, stderr = run("train", "mlm")
+    assert status == 1
+    shows = "(jina-bert --traceback shows where)"
+    assert stderr == f"error: training.mlm failed {shows}: IndexError: of the program, not the input\n"
+    with pytest.raises(AssertionError, match="the program"):  # of `run`, that an exception came out
+        run("--traceback", "train", "mlm")
 
 
 def test_help_loads_neither_torch_nor_the_other_packages():

@@ -30,7 +30,7 @@ from hub_repo.formats.parity import Tolerance, check_batches, check_engine, dist
 from hub_repo.requirements import require
 from modeling_jina_bert import JinaBertModel
 
-EXTRA = "pip install 'modeling-jina-bert[export]'"
+EXTRA = 'pip install -e ".[export]"'
 
 
 def load(folder) -> JinaBertModel:
@@ -352,5 +352,5 @@ def test_llama_cpp_itself(tmp_path, name):
 
 
 def test_a_missing_package_names_the_extra():
-    with pytest.raises(ImportError, match=r"no_such_package is needed: pip install 'modeling-jina-bert\[export\]'"):
+    with pytest.raises(ImportError, match=r'no_such_package is needed: pip install -e "\.\[export\]"'):
         require("no_such_package.part", "export")

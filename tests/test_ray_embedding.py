@@ -308,7 +308,7 @@ def wait_until_gone(pid: int):
 
 @pytest.mark.slow
 def test_ray_with_a_killed_driver_and_a_killed_worker(tmp_path):
-    pytest.importorskip("ray.data", reason="pip install 'modeling-jina-bert[ray]'")
+    pytest.importorskip("ray.data", reason="pip install -e '.[ray]'")
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     corpus.mkdir()
     table = corpus_table(0, 600)
@@ -350,7 +350,7 @@ def test_ray_with_a_killed_driver_and_a_killed_worker(tmp_path):
 
 @pytest.mark.slow
 def test_ray_says_what_is_wrong_in_one_line(tmp_path):
-    pytest.importorskip("ray.data", reason="pip install 'modeling-jina-bert[ray]'")
+    pytest.importorskip("ray.data", reason="pip install -e '.[ray]'")
     folder = write(tmp_path / "in", text=["one", None])
     driver = Driver(folder, tmp_path / "out", "--workers", "1")
     assert driver.end() == 2

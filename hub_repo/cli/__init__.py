@@ -4,13 +4,15 @@
     python -m hub_repo.cli --help    # the same, from the repository
 
 Law: a wrong input ends with one line on the standard error and status 2, an interruption (Ctrl-C) with 130 and a
-closed pipe with 141, as shells have it; a check that fails, with 1. `--traceback` shows where an error comes from. A
-verb imports what it needs when it runs: `--help` loads no torch.
+closed pipe with 141, as shells have it; a check or a delegated program that fails, with 1. `--traceback`, or the
+variable JINA_BERT_TRACEBACK, shows where an error comes from. A verb imports what it needs when it runs: `--help`
+loads no torch.
 """
 
 import logging
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 from ..requirements import require
@@ -37,8 +39,20 @@ def application():
         **_HELP,
     )
 
+    def show_version(wanted: bool):
+        if wanted:
+            print(f"jina-bert {version('modeling-jina-bert')}")
+            raise typer.Exit()
+
     @app.callback()
-    def settings(traceback: bool = typer.Option(False, "--traceback", help="Show where an error comes from.")):
+    def settings(
+        traceback: bool = typer.Option(
+            False, "--traceback", envvar="JINA_BERT_TRACEBACK", help="Show where an error comes from."
+        ),
+        version: bool = typer.Option(
+            False, "--version", callback=show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ):
         logging.basicConfig(format="%(message)s")
 
     searches = typer.Typer(help="Search texts by meaning: build an index, query it.", **_HELP)
@@ -55,7 +69,9 @@ def application():
 
 
 def _add(app, verb: Callable, example: str, settings: dict[str, Any] | None = None):
-    app.command(verb.__name__, epilog=example, context_settings=settings)(verb)
+    from .group import Verb
+
+    app.command(verb.__name__, cls=Verb, epilog=example, context_settings=settings)(verb)
 
 
 def main():

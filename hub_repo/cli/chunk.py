@@ -1,10 +1,10 @@
-"""`jina-bert chunk`: late chunking, a vector for each sentence or run of tokens, read in the context of its text."""
+"""`jina-bert chunk`: late chunking, a vector for each sentence, run of tokens or given span, in its context."""
 
 from typing import Annotated
 
 import typer
 
-from ..embedding.model_folder import Encoding, ModelFolder
+from ..embedding.model_folder import GIVEN_SPANS, Encoding, ModelFolder
 from ..embedding.text_input import Reading
 from . import options
 from .run import Writing, open_input, write
@@ -13,10 +13,16 @@ EXAMPLE = """Examples:
 
     jina-bert chunk --model hub_repo/tiny book.txt -o book.parquet
 
-    jina-bert chunk --model hub_repo/tiny --by 128 articles.jsonl --column body -o articles.jsonl
+    jina-bert chunk --model hub_repo/tiny --by 128 articles.jsonl --column body -o chunks.jsonl
+
+    jina-bert chunk --model hub_repo/tiny sections.parquet --spans-column spans -o sections.jsonl
 """
 
-By = Annotated[str, typer.Option("--by", help='"sentences", or a number of tokens.')]
+By = Annotated[str | None, typer.Option("--by", help='"sentences", or a number of tokens; sentences by default.')]
+SpansColumn = Annotated[
+    str | None,
+    typer.Option(help="JSONL field or parquet column of the chunks: a list of [start, end], characters of the text."),
+]
 Overlap = Annotated[
     int, typer.Option(min=0, help="Tokens that a window repeats of the one before, in texts of several windows.")
 ]
@@ -40,7 +46,8 @@ def chunk(
     model: options.Model,
     files: options.Files = None,
     output: options.Output = None,
-    by: By = "sentences",
+    by: By = None,
+    spans_column: SpansColumn = None,
     column: options.Column = "text",
     id_column: options.IdColumn = None,
     format_: options.InputFormat = None,
@@ -66,14 +73,19 @@ def chunk(
     """Embed the chunks of texts, each in the context of its whole text (late chunking).
 
     A row is a chunk: file, row (number of the text in the file), id, chunk (from 0), start and end (its characters in
-    the text), text, embedding. Without FILES, the standard input. A text file is one text; a text without a word has
-    no chunk.
+    the text), first_token and end_token (its tokens, counted with special ones), text, embedding; each end is not
+    included. Without FILES, the standard input. A text file is one text; a text without a word has no chunk.
     """
+    if by is not None and spans_column is not None:
+        raise ValueError("--by and --spans-column both say what a chunk is: give one of them.")
     encoding = Encoding(
         device, model_dtype and model_dtype.value, max_length=max_length, normalize=normalize,
-        truncate_dim=truncate_dim, chunks=chunks_of(by), overlap=overlap,
+        truncate_dim=truncate_dim, overlap=overlap,
+        chunks=chunks_of(by or "sentences") if spans_column is None else GIVEN_SPANS,
     )  # fmt: skip
     how = Writing(output, dtype.value, part_rows, resume, overwrite, quiet)
-    source = open_input(files, None, Reading(format_ and format_.value, column, id_column, whole_files, lenient))
-    columns = ("file", "row", *(("id",) if id_column else ()), "chunk", "start", "end", "text")
+    reading = Reading(format_ and format_.value, column, id_column, whole_files, lenient, spans_column)
+    source = open_input(files, None, reading)
+    places = ("chunk", "start", "end", "first_token", "end_token")
+    columns = ("file", "row", *(("id",) if id_column else ()), *places, "text")
     write(source, ModelFolder(model, encoding), columns, how)

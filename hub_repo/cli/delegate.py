@@ -8,11 +8,13 @@ import importlib.util
 import pkgutil
 import runpy
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ..requirements import install_command
+from .group import ProgramFailure
 
 PASS_THROUGH = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 """Settings of the commands: what follows the name belongs to the program, `--help` included."""
@@ -73,6 +75,7 @@ def run_program(package: str, name: str | None, arguments: list[str]) -> int:
     Raises:
         ValueError: There is no such program.
         ImportError: A package that it needs is missing; with the extra.
+        ProgramFailure: It ended with an error.
     """
     names = programs(package)
     if name is None:
@@ -89,12 +92,12 @@ def run_program(package: str, name: str | None, arguments: list[str]) -> int:
         if missing in _EXTRAS or not missing:
             raise
         extra = _EXTRAS[package]
-        raise ImportError(f"{module} needs {missing}: pip install 'modeling-jina-bert[{extra}]'") from None
+        raise ImportError(f"{module} needs {missing}: {install_command(extra)}") from None
     except ImportError:
         raise
-    except Exception:  # a failure of the program, not of the command line: all that is known of it
-        traceback.print_exc()
-        return 1
+    except Exception as error:
+        message = f"{module} failed (jina-bert --traceback shows where): {type(error).__name__}: {error}"
+        raise ProgramFailure(message) from error
     finally:
         sys.argv = argv
     return 0

@@ -7,18 +7,20 @@ from typing import Annotated
 
 import typer
 
+from .group import FAILED, fail
 from .options import Precision
 from .run import say
 
 EXAMPLES = {
     "convert": "jina-bert convert jinaai/jina-embeddings-v2-small-en small-en",
     "export": "jina-bert export runs/hard/final tiny --card CARD.md --onnx fp32,int8 --gguf f16",
+    "card": "jina-bert card tiny/README.md --results evaluation/results/tiny.json --model hub_repo/tiny",
     "verify": "jina-bert verify hub_repo/tiny",
     "info": "jina-bert info jinaai/jina-embeddings-v2-base-de --revision main",
     "push": "jina-bert push hub_repo/tiny me/tiny --dry-run",
 }
 
-Folder = Annotated[Path, typer.Argument(help="Model folder.")]
+Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Model folder.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run the folder's code although it is not the package's.")]
 Dtype = Annotated[Precision | None, typer.Option(help="Of the stored weights.")]
 
@@ -67,10 +69,37 @@ def export(
     for file in export_formats(model, output, dtype=dtype.value, card=card, formats=formats):
         print(f"wrote and verified {file.path} ({file.size / 1e6:.1f} MB): {file.agreement}")
     print(f"wrote and verified {output}")
+    if not (output / "README.md").is_file():
+        say(f"note: {output} has no model card (README.md), which a push needs: --card CARD.md writes one.")
 
 
 def _listed(names: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def card(
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="The card, a Markdown file; changed in place.")
+    ],
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="Of evaluation.local, for the model-index; may be repeated."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Whose results to take, as named in them.")] = None,
+    name: Annotated[str | None, typer.Option(help="In the model-index; the heading of the card by default.")] = None,
+    tags: Annotated[str, typer.Option(help="Tags to add, separated by commas.")] = "",
+):
+    """Put tags and scores into a model card, and check its metadata as the Hub does.
+
+    Its text stays; a card that may not be published is left as it was.
+    """
+    from ..model_card import main
+
+    if bool(results) != (model is not None):
+        raise ValueError("--results and --model belong together: give both.")
+    arguments = [str(file), f"--tags={tags}"]
+    arguments += ["--results", *map(str, results or ()), f"--model={model}"] if results else []
+    return main([*arguments, f"--name={name}"] if name is not None else arguments)
 
 
 def verify(
@@ -93,7 +122,8 @@ def verify(
     else:
         for finding in report.findings:
             print(finding)
-    say(f"{folder}: {'verified' if report.ok else f'{len(report.errors)} errors'}")
+    number = len(report.errors)
+    say(f"{folder}: {'verified' if report.ok else '1 error' if number == 1 else f'{number} errors'}")
     return 0 if report.ok else 1
 
 
@@ -106,7 +136,8 @@ def info(
 ):
     """Say what a folder or repository is, whether it will load, and what is missing.
 
-    Runs none of its code and reads no tensor: of a repository, small JSON files and the headers of the weights.
+    Runs none of its code and reads no tensor: of a repository, small JSON files and the headers of the weights. Status
+    0 if it could be read, also where it will not load: "loads" says that, and `verify` is the check.
     """
     from ..inspect_folder import inspect_source
 
@@ -130,15 +161,25 @@ def push(
 ):
     """Publish a folder to the Hub in one commit, or not at all.
 
-    The token is that of HF_TOKEN or `hf auth login`, never an argument.
+    The token is that of HF_TOKEN or `hf auth login`, never an argument. A folder that may not be published is refused
+    with a line for each reason.
     """
     from ..folders.loading import quiet_transformers
+    from ..hub.publishable import UnpublishableFolder
     from ..push import describe
     from ..push import push as push_folder
 
     quiet_transformers()
-    result = push_folder(
-        folder, repo_id, dry_run=dry_run, private=private, revision=revision, create_pr=create_pr, tag=tag,
-        commit_message=commit_message, prune=prune, trust=trust,
-    )  # fmt: skip
+    try:
+        result = push_folder(
+            folder, repo_id, dry_run=dry_run, private=private, revision=revision, create_pr=create_pr, tag=tag,
+            commit_message=commit_message, prune=prune, trust=trust,
+        )  # fmt: skip
+    except UnpublishableFolder as error:
+        reasons = "1 reason" if len(error.problems) == 1 else f"{len(error.problems)} reasons"
+        fail(f"{folder} cannot be published, for {reasons}:")
+        for problem in error.problems:
+            say(f"  {problem}")
+        return FAILED
     print(describe(result))
+    return 0

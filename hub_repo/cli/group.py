@@ -3,16 +3,35 @@
 import os
 import signal
 import sys
+from collections import Counter
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + 13  # SIGPIPE, which not every system names
 FAILED = 2
+_EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
+"""What bad input raises, with a message that says all; of any other error the type is a part of what went wrong."""
 
 # typer carries its own click today and used to import that package: the class is found, not named.
 _UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+class ProgramFailure(RuntimeError):
+    """A program that a verb runs failed, with the status 1; the message names it."""
+
+
+class Verb(TyperCommand):
+    """A command line that names an option twice is refused: of two values one would be lost silently."""
+
+    def parse_args(self, ctx, args):
+        """Parses as before, after a look at what is there."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter, times in Counter(given).items():
+            if times > 1 and parameter.param_type_name == "option" and not parameter.multiple:
+                ctx.fail(f"{max(parameter.opts, key=len)} is there {times} times: give it once.")
+        return super().parse_args(ctx, args)
 
 
 class Group(TyperGroup):
@@ -43,13 +62,26 @@ class Group(TyperGroup):
             # Nobody reads on; without this the interpreter would complain when it flushes at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE
-        except (typer.Exit, typer.Abort):  # they are RuntimeErrors
+        except (typer.Exit, typer.Abort, _UsageError):  # not errors of the verb: `main` sees to them
             raise
-        except (ValueError, OSError, RuntimeError, ImportError) as error:
+        except Exception as error:
             if ctx.params["traceback"]:
                 raise
-            fail(str(error) or type(error).__name__)
-            return FAILED
+            fail(in_one_line(error))
+            return 1 if isinstance(error, ProgramFailure) else FAILED
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says.
+
+    Example:
+        >>> in_one_line(ValueError("no\\nline")), in_one_line(KeyError("text")), in_one_line(MemoryError())
+        ('no line', "KeyError: 'text'", 'MemoryError')
+    """
+    message = " ".join(str(error).split())
+    if message and isinstance(error, _EXPECTED):
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def fail(message: str):

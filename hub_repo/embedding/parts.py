@@ -86,7 +86,7 @@ def digest(batch: list[Row]) -> str:
     """Of all that a part is made from; texts and places, in order."""
     hasher = hashlib.blake2b(digest_size=16)
     for row in batch:
-        hasher.update(json.dumps([row.file, row.row, row.id, row.text]).encode())
+        hasher.update(json.dumps([row.file, row.row, row.id, row.text, row.spans]).encode())
     return hasher.hexdigest()
 
 

@@ -20,13 +20,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..requirements import require
+from .zstd_reader import ZstdReader
 
 STDIN = "-"
 FORMATS = ("text", "jsonl", "csv", "tsv", "parquet")
+_WITH_LISTS = ("jsonl", "parquet")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".zst")
 _PARQUET_ROWS = 1024
 _BOM = b"\xef\xbb\xbf"
+
+
+Spans = tuple[tuple[int, int], ...]
 
 
 class InputError(ValueError):
@@ -42,12 +47,14 @@ class Row:
         file: The file as it was named, "-" for the standard input, None for an argument.
         row: Number of the text in its file (among the arguments), from 0.
         id: What the column of identifiers says; None without one.
+        spans: Characters (start, end) of the text, what the column of spans says; None without one.
     """
 
     text: str
     file: str | None
     row: int
     id: str | None = None
+    spans: Spans | None = None
 
     def __str__(self) -> str:
         return f"{'the arguments' if self.file is None else self.file}, text {self.row}"
@@ -64,6 +71,7 @@ class Reading:
         id_column: Field or column of identifiers, strings or integers; None for none.
         whole: A "text" file is one text; else each of its lines is one.
         lenient: See the law of this file.
+        spans_column: Field or column of lists of [start, end], characters of the text; None for none.
     """
 
     format: str | None = None
@@ -71,6 +79,12 @@ class Reading:
     id_column: str | None = None
     whole: bool = False
     lenient: bool = False
+    spans_column: str | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read, each once."""
+        return [x for x in dict.fromkeys((self.column, self.id_column, self.spans_column)) if x is not None]
 
     def format_of(self, file: str) -> str:
         """The format of a file.
@@ -128,13 +142,15 @@ class TextInput:
             yield Row(self._text(text, f"text {number} of the arguments"), None, number)
         for file in self.files:
             name = os.fsencode(file).decode(errors="replace")  # a name need not be UTF-8, an output must
-            for number, (text, id_) in enumerate(self._read(file)):
-                yield Row(text, name, number, id_)
+            for number, (text, id_, spans) in enumerate(self._read(file)):
+                yield Row(text, name, number, id_, spans)
             self._position = lambda: 0
             self._bytes_before += _size(file) or 0
 
     def _check(self, file: str):
         format_ = self.reading.format_of(file)
+        if self.reading.spans_column is not None and format_ not in _WITH_LISTS:
+            raise InputError(f"{file} is read as {format_}, which has no lists of spans: give JSONL or parquet.")
         if file == STDIN:
             if format_ == "parquet":
                 raise InputError("parquet cannot be read from the standard input: give the file.")
@@ -149,8 +165,8 @@ class TextInput:
             with self._open(file) as stream:
                 self._csv_columns(file, next(self._csv_reader(file, stream), None))
 
-    def _read(self, file: str) -> Iterator[tuple[str, str | None]]:
-        """Text and identifier of each row."""
+    def _read(self, file: str) -> Iterator[tuple[str, str | None, Spans | None]]:
+        """Text, identifier and spans of each row."""
         format_ = self.reading.format_of(file)
         if format_ == "parquet":
             yield from self._read_parquet(file)
@@ -161,13 +177,12 @@ class TextInput:
             elif format_ in ("csv", "tsv"):
                 yield from self._read_csv(file, stream)
             elif self.reading.whole:
-                yield self._decode(stream.read().removeprefix(_BOM), file), None
+                yield self._decode(stream.read().removeprefix(_BOM), file), None, None
             else:
                 for _, line in self._lines(file, stream):
-                    yield line.removesuffix("\r\n" if line.endswith("\r\n") else "\n"), None
+                    yield line.removesuffix("\r\n" if line.endswith("\r\n") else "\n"), None, None
 
-    def _read_jsonl(self, file: str, stream: BinaryIO) -> Iterator[tuple[str, str | None]]:
-        column, id_column = self.reading.column, self.reading.id_column
+    def _read_jsonl(self, file: str, stream: BinaryIO) -> Iterator[tuple[str, str | None, Spans | None]]:
         for where, line in self._lines(file, stream):
             if not line.strip():
                 continue
@@ -177,12 +192,13 @@ class TextInput:
                 raise InputError(f"{where}: no JSON: {error}.") from None
             if not isinstance(row, dict):
                 raise InputError(f"{where}: {_shown(row)} is no JSON object.")
-            for name in filter(None, (column, id_column)):
+            for name in self.reading.columns:
                 if name not in row:
                     raise InputError(f"{where}: no field {name!r}; it has {_names(row)}.")
-            yield self._text(row[column], where, column), self._id(row, id_column, where)
+            text = self._text(row[self.reading.column], where, self.reading.column)
+            yield text, self._id(row, self.reading.id_column, where), self._spans(row, text, where)
 
-    def _read_csv(self, file: str, stream: BinaryIO) -> Iterator[tuple[str, str | None]]:
+    def _read_csv(self, file: str, stream: BinaryIO) -> Iterator[tuple[str, str | None, None]]:
         reader = self._csv_reader(file, stream)
         columns = self._csv_columns(file, next(reader, None))
         text_at = columns.index(self.reading.column)
@@ -190,7 +206,7 @@ class TextInput:
         for where, values in reader:
             if len(values) != len(columns):
                 raise InputError(f"{where}: {len(values)} fields, the header has {len(columns)}.")
-            yield values[text_at], None if id_at is None else values[id_at]
+            yield values[text_at], None if id_at is None else values[id_at], None
 
     def _csv_reader(self, file: str, stream: BinaryIO) -> Iterator[tuple[str, list[str]]]:
         """Place and fields of each record; empty lines are none."""
@@ -212,28 +228,28 @@ class TextInput:
         self._check_columns(file, columns)
         return columns
 
-    def _read_parquet(self, file: str) -> Iterator[tuple[str, str | None]]:
+    def _read_parquet(self, file: str) -> Iterator[tuple[str, str | None, Spans | None]]:
         import pyarrow as pa
 
-        parquet, names = self._parquet(file)
+        parquet, reading, names = self._parquet(file), self.reading, self.reading.columns
         number = 0
         try:
             for batch in parquet.iter_batches(_PARQUET_ROWS, columns=names):
                 columns = {name: _plain(batch.column(batch.schema.get_field_index(name))) for name in names}
                 # As bytes: pyarrow does not check UTF-8, and says neither the row nor the byte when it meets it.
-                texts = columns[self.reading.column].cast(pa.large_binary()).to_pylist()
-                id_column = self.reading.id_column
-                ids = [None] * len(texts) if id_column is None else columns[id_column].to_pylist()
-                for text, id_ in zip(texts, ids, strict=True):
+                texts = columns[names[0]].cast(pa.large_binary()).to_pylist()
+                others = {name: columns[name].to_pylist() for name in names if name != reading.column}
+                for place, text in enumerate(texts):
                     where = f"{file}, row {number}"
-                    text = text if text is None else self._decode(text, where)
-                    yield self._text(text, where, names[0]), self._id({id_column: id_}, id_column, where)
+                    text = self._text(text if text is None else self._decode(text, where), where, names[0])
+                    row = {names[0]: text, **{name: values[place] for name, values in others.items()}}
+                    yield text, self._id(row, reading.id_column, where), self._spans(row, text, where)
                     number += 1
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}, after row {number}: {_one_line(error)}.") from None
 
-    def _parquet(self, file: str) -> tuple[Any, list[str]]:
-        """The open file and the columns that are read; of the wrong type they are an error before any row is read."""
+    def _parquet(self, file: str):
+        """The open file; columns of the wrong type are an error before any row is read."""
         pq = require("pyarrow.parquet", "cli")
         import pyarrow as pa
 
@@ -247,11 +263,10 @@ class TextInput:
         kind = found.value_type if pa.types.is_dictionary(found) else found
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise InputError(f"{file}: column {reading.column!r} is of type {found}, not text.")
-        names = [reading.column] + ([reading.id_column] if reading.id_column not in (None, reading.column) else [])
-        return parquet, names
+        return parquet
 
     def _check_columns(self, file: str, columns: Sequence[str]):
-        for name in filter(None, (self.reading.column, self.reading.id_column)):
+        for name in self.reading.columns:
             if name not in columns:
                 raise InputError(f"{file}: no column {name!r}; it has {_names(columns)}.")
             if list(columns).count(name) > 1:
@@ -300,6 +315,20 @@ class TextInput:
             raise InputError(f"{where}: {column!r} is {_shown(row[column])}, neither a text nor an integer.")
         return self._text(str(row[column]), where, column)
 
+    def _spans(self, row: dict, text: str, where: str) -> Spans | None:
+        column = self.reading.spans_column
+        if column is None:
+            return None
+        if not isinstance(row[column], list):
+            raise InputError(f"{where}: {column!r} is {_shown(row[column])}, not a list of [start, end].")
+        for number, span in enumerate(row[column]):
+            if not (isinstance(span, list) and [type(place) for place in span] == [int, int]):
+                raise InputError(f"{where}: {column}[{number}] is {_shown(span)}, not [start, end], characters.")
+            if not 0 <= span[0] < span[1] <= len(text):
+                found = f"{column}[{number}] is {span}, not 0 <= start < end <= {len(text)}"
+                raise InputError(f"{where}: {found}, the characters of the text.")
+        return tuple((start, end) for start, end in row[column])
+
     @contextmanager
     def _open(self, file: str) -> Iterator[BinaryIO]:
         """The decompressed bytes; what goes wrong with them is an InputError."""
@@ -310,7 +339,7 @@ class TextInput:
             with open(file, "rb") as raw:
                 self._position = raw.tell
                 if file.lower().endswith(".zst"):
-                    yield io.BufferedReader(_ZstdReader(raw), 2**16)
+                    yield io.BufferedReader(ZstdReader(raw), 2**16)
                 elif file.lower().endswith(".gz"):
                     yield gzip.open(raw)
                 else:
@@ -318,39 +347,6 @@ class TextInput:
                 self._position = lambda: 0
         except (EOFError, OSError, zlib.error) as error:
             raise InputError(f"{file} cannot be read: {_one_line(error)}.") from None
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompresses; NOTE: zstandard's own stream_reader takes a file that was cut off for a shorter one."""
-
-    def __init__(self, raw: BinaryIO):
-        self._zstandard = require("zstandard", "cli")
-        self._raw, self._decompressor = raw, None
-        self._compressed, self._ready = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            if not self._compressed:
-                self._compressed = self._raw.read(2**16)
-            if not self._compressed:
-                if self._decompressor is not None:
-                    raise EOFError("the file ends in the middle of a zstd frame")
-                return 0
-            if self._decompressor is None:
-                self._decompressor = self._zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self._ready = memoryview(self._decompressor.decompress(self._compressed))
-            except self._zstandard.ZstdError as error:
-                raise OSError(f"no zstd: {error}") from None
-            self._compressed = self._decompressor.unused_data if self._decompressor.eof else b""
-            if self._decompressor.eof:
-                self._decompressor = None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
 
 
 def _size(file: str) -> int | None:

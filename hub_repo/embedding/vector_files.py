@@ -25,12 +25,15 @@ COLUMNS = {
     "chunk": "int64",
     "start": "int64",
     "end": "int64",
+    "first_token": "int64",
+    "end_token": "int64",
     "text": "string",
 }
 """Columns beside `embedding`, and their types in parquet.
 
 `file`, `row` and `id` are those of `text_input.Row`; `chunk` counts the chunks of a text from 0, `start` and `end` are
-its characters [start, end) in the text.
+its characters [start, end) in the text, `first_token` and `end_token` its tokens [first, end) there, special ones
+counted.
 """
 
 
