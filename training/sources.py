@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from .recipe import MLMRecipe, RecipeError, Source
 from .source_files import check_source, readable, source_files
 
-_FORMS = ("cut", "split", "pack")
+FORMS = ("cut", "split", "pack")
 _ROWS = 16
 """Rows of this consumer tokenised at a time."""
 
@@ -105,7 +105,7 @@ class Cutter:
     """
 
     def __init__(self, recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase):
-        if recipe.long_documents not in _FORMS:
+        if recipe.long_documents not in FORMS:
             raise RecipeError(f"long_documents={recipe.long_documents!r} is neither 'cut' nor 'split' nor 'pack'.")
         if recipe.max_length < 3:
             raise RecipeError(f"max_length={recipe.max_length} leaves no room between [CLS] and [SEP].")
