@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, SHIPPED
 from datasets import Dataset, DatasetDict
+from mteb.cache import ResultCache
+from mteb.models import ModelMeta
 from mteb.results import TaskResult
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
@@ -197,3 +199,24 @@ def test_sets_of_a_task_with_splits_and_with_subsets():
     assert [(dataset.name, dataset.texts) for dataset in found] == [
         (f"ClusTREC-Covid:{name}", texts) for name, texts in subsets.items()
     ]
+
+
+def test_the_committed_run_is_in_mtebs_format_and_agrees_with_our_own():
+    folder = REPOSITORY / "evaluation" / "results"
+    records = json.loads((folder / "mteb" / "scores.json").read_text())["records"]
+    assert (folder / "mteb" / "table.md").read_text() == mteb_run.markdown(records)
+    cache = ResultCache(folder / "mteb")
+    whole = json.loads((folder / "tiny.json").read_text())["records"]
+    local = {(r["model"], r["set"].replace("/", "-")): r["metrics"] for r in whole}
+    compared = 0
+    for record in records:
+        meta = ModelMeta.create_empty({"name": record["model"], "revision": record["settings"]["revision"]})
+        result = cache.load_task_result(record["set"], meta)
+        assert result.dataset_revision == record["dataset_revision"]
+        (scores,) = result.scores["test"]
+        assert scores["main_score"] == pytest.approx(next(iter(record["metrics"].values())), abs=1e-5)
+        ours = local.get((record["model"].removeprefix("sentence-transformers/"), record["set"]), {})
+        for measure in ours.keys() & scores.keys():
+            assert scores[measure] == pytest.approx(ours[measure], abs=1e-4), (record["model"], record["set"], measure)
+            compared += 1
+    assert compared == 20, "two models, two sets, five measures"
