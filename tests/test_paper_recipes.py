@@ -4,6 +4,7 @@ Laws: prepare, stage II, mine, stage III name each other's outputs; retrieval se
 random ones, all_nli its own; a kind and a licence go into the report, the recipe and the card of what was trained.
 """
 
+import re
 import signal
 from pathlib import Path
 
@@ -42,6 +43,24 @@ def test_every_published_source_of_pairs_says_what_it_is(path):
         assert isinstance(source.kind, SourceKind), source.name
         assert source.licence, source.name
         assert (source.hub is None) != (source.path is None), source.name
+
+
+def test_the_recipes_of_the_newcomers_page_load_and_lead_from_one_to_the_next(tmp_path):
+    page = (REPOSITORY / "training" / "STAGES.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n# (mine-[a-z-]+)\.yaml.*?\n(.*?)```", page, flags=re.DOTALL)
+    recipes = {}
+    for name, text in blocks:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text.replace("extends: training/recipes", f"extends: {RECIPES}"))
+        recipes[name] = load_recipe(SCHEMAS[name.split("-")[-1]], path)
+    assert list(recipes) == ["mine-preparation", "mine-pairs", "mine-mining", "mine-hard-negatives"]
+    preparation, pairs, mining, last = recipes.values()
+    names = [source.name for source in preparation.sources]
+    assert [source.name for source in pairs.sources] == [source.name for source in last.sources] == names
+    assert pairs.data_dir == mining.data_dir == f"{preparation.output_dir}/pairs"
+    assert mining.retrievers[0].model == last.model == f"{pairs.output_dir}/final"
+    assert [source.name for source in mining.sources] == [s.name for s in preparation.sources if s.is_minable]
+    assert (preparation.consistency.top, last.num_negatives, last.fill_negatives) == (2, 15, "random")
 
 
 def test_the_road_at_full_size_is_one():
