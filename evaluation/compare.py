@@ -178,9 +178,7 @@ def overview_rows(models: Sequence[Model], found: Sequence[dict[str, Any]]) -> t
         models: The first is what the others are compared with.
         found: Of `adjust`.
     """
-    marks = {
-        (x["set"], x["measure"], x["models"][1]): {"better": " ▲", "worse": " ▼"}.get(x["verdict"]) for x in found
-    }
+    marks = marks_of(found)
     first, *others = models
     rows = []
     for record in first.records:
@@ -188,19 +186,34 @@ def overview_rows(models: Sequence[Model], found: Sequence[dict[str, Any]]) -> t
             row = [record["set"], size_text(record), MEASURES[measure], cell(record, measure)]
             for other in others:
                 its = other.find(record)
-                mark = marks.get((record["set"], measure, other.title)) or ""
+                mark = marks.get((record["set"], MEASURES[measure], other.title), "")
                 row.append("" if its is None else cell(its, measure) + mark)
             rows.append(row)
     return ["set", "queries x documents", "measure", *(model.title for model in models)], rows
 
 
+def marks_of(found: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], str]:
+    """(Set, measure as shown, title of the second model) -> " ▲" or " ▼"; nothing where no difference is shown."""
+    signs = {"better": " ▲", "worse": " ▼"}
+    return {
+        (x["set"], MEASURES[x["measure"]], x["models"][1]): signs[x["verdict"]] for x in found if x["verdict"] in signs
+    }
+
+
+def legend(first: Model, found: Sequence[dict[str, Any]]) -> list[str]:
+    """What the intervals and marks of a table mean, lines of Markdown."""
+    return [
+        "Scores with 95 % intervals (bootstrap over pairs and texts, over queries in groups with the same answering",
+        "document, and over the runs of clustering and classification).",
+        f"▲ better and ▼ worse than {first.title}, of the measures that were tested: adjusted p <= {LEVEL} (Holm,",
+        f"{len(found)} differences). (cut): the set was cut to a sample, as its record says.",
+    ]
+
+
 def overview(models: Sequence[Model], found: Sequence[dict[str, Any]], *, command: str) -> str:
     """The scores of all models as a page in Markdown, with how they came about."""
     lines = [
-        "Scores with 95 % intervals (bootstrap over pairs and texts, over queries in groups with the same answering",
-        "document, and over the runs of clustering and classification).",
-        f"▲ better and ▼ worse than {models[0].title}, of the measures that were tested: adjusted p <= {LEVEL} (Holm,",
-        f"{len(found)} differences). (cut): the set was cut to a sample, as its record says.",
+        *legend(models[0], found),
         "",
         *(f"    {x}" for x in dict.fromkeys(record["command"] for model in models for record in model.records)),
         f"    {command}",

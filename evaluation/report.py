@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from . import glue_report, late_chunking, length_plot, long_report, mteb_run, needle, robustness
-from .compare import Model, read_models
-from .compare import overview as compare_overview
+from .compare import Model, adjust, compare, legend, marks_of, read_models
+from .loading import MINILM
 from .records import read_records, read_samples, samples_path
 from .set_types import EvaluationError
+from .systems import BM25
 from .tables import markdown_table, table_rows
 
 try:
@@ -30,6 +31,9 @@ except ImportError as error:
     raise ImportError("evaluation.report needs: pip install 'modeling-jina-bert[evaluate]'") from error
 
 PAGE = Path(__file__).parent / "templates" / "report.html"
+_ENVIRONMENT = (
+    "model", "weights", "python", "torch", "transformers", "sentence-transformers", "processor", "cores", "threads",
+)  # fmt: skip
 TRAINED_LENGTH = 512  # tokens; the reference of the figure of accuracy by length
 
 
@@ -48,7 +52,7 @@ class Section:
     Attributes:
         title: Its heading.
         question: What it answers, one sentence.
-        files: Patterns of its result files, below the results folder; the first that finds any counts.
+        files: Patterns of its result files, below the results folder.
         command: What makes them.
         render: Files -> what is shown.
     """
@@ -60,15 +64,38 @@ class Section:
     render: Callable[[list[Path]], Rendered]
 
 
+def own_first(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records in their order, those of all-MiniLM-L6-v2 and then of BM25 behind those of other models."""
+    places = {MINILM: 1, BM25.name: 2}
+    return sorted(records, key=lambda record: places.get(record.get("model"), 0))
+
+
 def _local(files: list[Path]) -> Rendered:
-    files = [file for file in files if file.name != "comparison.json"]  # what evaluation.compare wrote
-    records = [record for file in files for record in read_records(file)]
+    """A table for the files of each folder, which hold whole sets or samples of them."""
+    folders: dict[Path, list[Path]] = {}
+    for file in files:
+        if file.name != "comparison.json":  # what evaluation.compare wrote
+            folders.setdefault(file.parent, []).append(file)
+    return Rendered("\n".join(map(_local_table, folders.values())), {})
+
+
+def _local_table(files: list[Path]) -> str:
+    records = own_first([record for file in files for record in read_records(file)])
+    limits = {record["protocol"]["max_texts"] for record in records if "max_texts" in record.get("protocol", {})}
     commands = dict.fromkeys(record["command"] for record in records if "command" in record)
-    lines = [*(f"    {command}" for command in commands), "", markdown_table(*table_rows(records))]
+    lines = [f"# Sets cut to {max(limits):,} texts at most" if limits else "# Whole sets", ""]
+    header, rows = table_rows(records)
     models: list[Model] = [model for file in files if samples_path(file).exists() for model in read_models(file)]
+    models.sort(key=lambda model: header.index(model.title))
     if len(models) > 1:
-        lines += ["### Which differences are more than chance", "", _differences(models)]
-    return Rendered("\n".join(lines), {})
+        found = adjust([row for other in models[1:] for row in compare(models[0], other)])
+        marks = marks_of(found)
+        rows = [
+            [*row[:3], *(x + marks.get((row[0], row[2], y), "") for x, y in zip(row[3:], header[3:], strict=True))]
+            for row in rows
+        ]
+        lines += [*legend(models[0], found), ""]
+    return "\n".join([*lines, *(f"    {command}" for command in commands), "", markdown_table(header, rows)])
 
 
 def _late_chunking(files: list[Path]) -> Rendered:
@@ -76,7 +103,7 @@ def _late_chunking(files: list[Path]) -> Rendered:
 
 
 def _long(files: list[Path]) -> Rendered:
-    records = [record for file in files for record in read_records(file, ())]
+    records = own_first([record for file in files for record in read_records(file, ())])
     samples = {name: found for file in files for name, found in read_samples(samples_path(file)).items()}
     figure = _png(lambda path: long_report.write_figure(path, records))
     return Rendered(long_report.markdown(records, samples), {"Score by maximum length": figure})
@@ -85,7 +112,8 @@ def _long(files: list[Path]) -> Rendered:
 def _needle(files: list[Path]) -> Rendered:
     records = [record for file in files for record in read_records(file, ())]
     samples = {name: found for file in files for name, found in read_samples(samples_path(file)).items()}
-    return Rendered(needle.markdown(records, samples), {})
+    figure = _png(lambda path: needle.write_figure(path, records))
+    return Rendered(needle.markdown(records, samples), {"Score by depth and length": figure})
 
 
 def _mteb(files: list[Path]) -> Rendered:
@@ -114,13 +142,45 @@ def _robustness(files: list[Path]) -> Rendered:
     return Rendered("\n".join(pieces), {})
 
 
+def _environment(files: list[Path]) -> Rendered:
+    """One row for each model, its weights, and versions and machine that results of it were computed with."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for file in files:
+        content = _content(file)
+        for record in own_first([_with_head(content, record) for record in content["records"]]):
+            row = _environment_row(record)
+            name = f"{file.parent.name}/{file.name}"
+            if row is not None and name not in found.setdefault(row, []):
+                found[row].append(name)
+    rows = [[*row, ", ".join(names)] for row, names in found.items()]
+    text = (
+        "Weights: the first digits of a SHA-256 of names and values, as the records have it; the same weights in "
+        'sentence-transformers have other names and so another hash than alone. "-": not recorded.'
+    )
+    return Rendered(f"{text}\n\n{markdown_table([*_ENVIRONMENT, 'results'], rows, names=len(_ENVIRONMENT) + 1)}", {})
+
+
+def _with_head(content: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """A record with what its file says once for all of them."""
+    return {**{name: value for name, value in content.items() if name != "records"}, **record}
+
+
+def _environment_row(record: dict[str, Any]) -> tuple[str, ...] | None:
+    """None for a record that nothing was computed for."""
+    settings, machine = record.get("settings", {}), record.get("environment", {})
+    versions = {**machine, **record.get("versions", machine.get("versions", {}))}
+    if not versions:
+        return None
+    weights = settings.get("weights_sha256", settings.get("backbone_sha256", "-"))[:12]
+    return (record["model"], weights, *(str(versions.get(name, "-")) for name in _ENVIRONMENT[2:]))
+
+
 SECTIONS = (
     Section(
         "Local sets",
         "How good is the model beside all-MiniLM-L6-v2 and BM25 on retrieval, similarity, clustering, classification?",
-        ("local/*.json", "tiny.json"),
-        "python -m evaluation.local --model hub_repo/tiny --data DATA --max-texts 1000 "
-        "--output evaluation/results/local/tiny.json",
+        ("tiny.json", "local/*.json"),
+        "python -m evaluation.local --model hub_repo/tiny --data DATA --output evaluation/results/tiny.json",
         _local,
     ),
     Section(
@@ -176,14 +236,14 @@ SECTIONS = (
         "--output evaluation/results/robustness.json",
         _robustness,
     ),
+    Section(
+        "Environment",
+        "Which weights, versions and machine do the scores come from?",
+        ("*.json", "*/*.json"),
+        "the commands above",
+        _environment,
+    ),
 )
-
-
-def _differences(models: Sequence[Model]) -> str:
-    from .compare import adjust, compare
-
-    found = adjust([row for other in models[1:] for row in compare(models[0], other)])
-    return compare_overview(models, found, command="")
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -201,8 +261,8 @@ def _png(write: Callable[[Path], None]) -> bytes:
 
 
 def found_files(section: Section, results: Path) -> list[Path]:
-    """The result files of a section, sorted by name; none if it was not measured."""
-    return next((found for pattern in section.files if (found := sorted(results.glob(pattern)))), [])
+    """The result files of a section, by pattern and name; none if it was not measured."""
+    return [file for pattern in section.files for file in sorted(results.glob(pattern))]
 
 
 def rendered(section: Section, results: Path) -> Rendered:

@@ -6,8 +6,13 @@ import shutil
 
 import pytest
 from conftest import REPOSITORY
+from test_evaluation_local import hand_made
+from toy_evaluation import written_sets  # noqa: F401  pytest finds the fixture by name
 
+from evaluation.local import evaluate
 from evaluation.report import SECTIONS, found_files, main
+from evaluation.scoring import Protocol
+from evaluation.sets import load_set
 
 RESULTS = REPOSITORY / "evaluation" / "results"
 ROBUSTNESS = {
@@ -15,6 +20,8 @@ ROBUSTNESS = {
     "set": "ir/mine",
     "sizes": {"queries": 1234, "documents": 5},
     "command": "python -m evaluation.robustness",
+    "settings": {"weights_sha256": "0123456789abcdef"},
+    "versions": {"torch": "9.8.7", "processor": "a processor", "threads": 3},
     "records": [
         {"variation": "bfloat16", "cosine_min": 0.9871234, "cosine_mean": 0.99, "top_1": 0.5, "top_k_overlap": 0.25,
          "ndcg_at_10": 0.123},
@@ -58,6 +65,52 @@ def test_a_section_without_its_file_says_how_it_is_made(results, tmp_path):
         if not found_files(section, results):
             assert section.command in text
         assert f"<h2>{section.title}</h2>" in page
+
+
+def rows_of(text, start):
+    return [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+
+
+def test_every_local_result_is_shown_once_and_the_baselines_last(results, data, tmp_path):
+    systems = [hand_made(data, name=name) for name in ("bm25", "all-MiniLM-L6-v2", "mine")]
+    systems[2].vectors = {text: vector[::-1] for text, vector in systems[2].vectors.items()}
+    sets = [load_set(data, "STSB"), load_set(data, "ir/Toy")]
+    (results / "local").mkdir()
+    evaluate(systems, sets, results / "tiny.json", command="whole")
+    for system in systems:
+        evaluate([system], sets, results / "local" / f"{system.name}.json", command="cut", protocol=Protocol(2 + 1))
+    _, text = run(results, tmp_path)
+    whole, cut = text.split("### Whole sets")[1].split("## Masked words")[0].split("### Sets cut to 3 texts at most")
+    for table in (whole, cut):
+        assert rows_of(table, "set")[0].split(" | ")[3:] == ["mine", "all-MiniLM-L6-v2", "bm25 |"]
+        assert len(rows_of(table, "ir/Toy")) == 5
+        assert "▲ better and ▼ worse than mine" in table
+    assert "4 pairs |" in whole
+    assert "3 pairs (cut) |" in cut
+    assert [row.split(" | ")[0] for row in text.split("## Environment")[1].splitlines() if "local/" in row] == [
+        "| mine", "| all-MiniLM-L6-v2", "| bm25",
+    ]  # fmt: skip
+
+
+def test_the_environment_is_that_of_the_records(results, tmp_path):
+    _, text = run(results, tmp_path)
+    environment = text.split("## Environment")[1]
+    (row,) = [line for line in environment.splitlines() if "robustness.json" in line]
+    assert row.endswith("| 0123456789ab | - | 9.8.7 | - | - | a processor | - | 3 | results/robustness.json |")
+    record = json.loads((RESULTS / "late-chunking.json").read_text())["records"][0]
+    (row,) = rows_of(environment, record["model"])
+    for value in (record["settings"]["weights_sha256"][:12], record["versions"]["transformers"]):
+        assert f"| {value} |" in row
+
+
+def test_depths_have_a_figure(tmp_path):
+    (tmp_path / "results" / "long").mkdir(parents=True)
+    for name in ("needle.json", "needle.npz"):
+        shutil.copy(RESULTS / "long" / name, tmp_path / "results" / "long")
+    page, text = run(tmp_path / "results", tmp_path)
+    assert "![Score by depth and length](figures/score-by-depth-and-length.png)" in text
+    assert (tmp_path / "out" / "figures" / "score-by-depth-and-length.png").stat().st_size > 10_000
+    assert page.count("data:image/png") == 1
 
 
 @pytest.mark.parametrize(
