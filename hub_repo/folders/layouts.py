@@ -13,7 +13,7 @@ import torch
 from modeling_jina_bert import JinaBertConfig, JinaBertForMaskedLM, JinaBertModel
 from modeling_jina_bert.checkpoints import is_qk_post_norm
 
-from .checkpoint_files import DTYPES, FolderError, StoredTensor, stored_tensors
+from .checkpoint_files import DTYPES, FolderError, StoredTensor, read_json, stored_tensors
 
 PREFIX = "bert."
 RECOMPUTED = ("embeddings.position_ids", "embeddings.token_type_ids", "encoder.alibi")
@@ -65,8 +65,8 @@ def read_config(folder: Path, names: set[str]) -> JinaBertConfig:
     Raises:
         FolderError: config.json is missing, is of another model or is malformed; or the names are of neither layout.
     """
-    if not (folder / "config.json").is_file():
-        raise FolderError(f"{folder / 'config.json'} is missing.")
+    if not isinstance(read_json(folder / "config.json"), dict):
+        raise FolderError(f"{folder / 'config.json'} holds no JSON object.")
     try:
         config = JinaBertConfig.from_pretrained(folder)
         config.qk_post_norm = is_qk_post_norm(names)

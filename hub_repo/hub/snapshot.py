@@ -1,11 +1,14 @@
 """The files of a Hub repository on this disk: those that a conversion reads, or a model is loaded from."""
 
+from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from ..folders.checkpoint_files import INDEX, WEIGHTS, FolderError
+from modeling_jina_bert.checkpoints import read_weight_map
+
+from ..folders.checkpoint_files import INDEX, PICKLES, WEIGHTS, FolderError
 from .outline import hub_error
 
 _FETCHED = ("*.json", "*.safetensors", "*.txt", "*.md", "LICENSE*")
@@ -25,12 +28,24 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
     try:
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_FETCHED)))
         if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
-            snapshot_download(str(source), revision=revision, allow_patterns=["pytorch_model*.bin"])
+            for name in _bin_files(folder):
+                with suppress(RemoteEntryNotFoundError):  # who reads the folder says what is missing
+                    hf_hub_download(str(source), name, revision=folder.name)  # the commit of the other files
         return folder
     except LocalEntryNotFoundError as error:  # neither on the Hub nor in the cache; what the Hub said is the cause
         raise hub_error(str(source), revision, _said(error)) from None
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # HfHubHTTPError is an OSError
         raise hub_error(str(source), revision, error) from None
+
+
+def _bin_files(folder: Path) -> list[str]:
+    """Names of the weights in the .bin form; none if the index cannot be read, which who reads the folder says."""
+    index = folder / PICKLES[1]
+    if not index.exists():
+        return [PICKLES[0]]
+    with suppress(ValueError):
+        return sorted(set(read_weight_map(index).values()))
+    return []
 
 
 def _said(error: BaseException) -> Exception:
