@@ -6,8 +6,9 @@
 
 FOLDER/results is mteb's own format (MODEL/REVISION/TASK.json with model_meta.json and run_settings.jsonl, another
 maximum length under experiments/), which `mteb submit-results --output-folder FOLDER` takes: for the leaderboard
-evaluate the model on the Hub by its name, so that its revision is a commit. FOLDER/scores.json holds what decides each
-score: maximum length, dtype, revision, weights, normalisation, versions, command. FOLDER/table.md is the paper's table.
+evaluate the model on the Hub by its name, so that its revision is a commit. FOLDER/scores.json holds what decides
+each score: maximum length, dtype, revision, weights, normalisation, versions, command. FOLDER/table.md is the paper's
+table.
 
 Laws: a task that has a result of the same model, settings and data is not run again; a result that an interruption
 broke, or of other data, is. A task that fails does not stop the others; it is named at the end, with exit status 1.
