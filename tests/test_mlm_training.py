@@ -1,14 +1,20 @@
 """Stage I as a run: what it computes, what it says, when it stops, and that it goes on where it was killed."""
 
 import json
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, SHIPPED, tiny_config
+from conftest import REPOSITORY, tiny_config
+from mlm_runs import (  # noqa: F401  pytest finds the fixture by name
+    RECIPES,
+    WORKERS,
+    assert_same_weights,
+    log,
+    recipe,
+    undisturbed_run,
+)
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, TrainerControl, TrainerState, TrainingArguments
@@ -20,42 +26,6 @@ from training.monitor import Monitor, training_flops
 from training.packing import Progress, Reader, Report, Tally
 from training.recipe import MLMRecipe, RecipeError, accumulation_steps, command_line, load_recipe
 from training.run import TrainingDiverged, checkpoints, exit_on_recipe_error, is_whole, mark_whole, resume_checkpoint
-
-RECIPES = REPOSITORY / "training" / "recipes"
-OVERRIDES = [
-    f"tokenizer={SHIPPED}", f"data_dir={REPOSITORY / 'tests' / 'data'}",
-    "sources=[{name: facts, path: corpus.jsonl, heldout_share: 0.1}]", "heldout=[]",
-    "model={vocab_size: 30528, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 24}",
-    "model.hidden_dropout_prob=0.1", "max_length=32", "long_documents=pack", "shuffle_buffer=50",
-    "heldout_sequences=8", "training.max_steps=6", "training.save_steps=2", "training.learning_rate=0.003",
-    "training.save_total_limit=null", "training.per_device_train_batch_size=4", "training.logging_steps=1",
-    "training.warmup_steps=1", "training.disable_tqdm=true", "training.use_cpu=true",
-]  # fmt: skip
-
-
-def recipe(output, *overrides) -> MLMRecipe:
-    return load_recipe(MLMRecipe, RECIPES / "tiny-mlm.yaml", [f"output_dir={output}", *OVERRIDES, *overrides])
-
-
-def log(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same_weights(folder, other):
-    expected, found = (load_file(Path(path) / "model.safetensors") for path in (folder, other))
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
-
-
-WORKERS = ("training.dataloader_num_workers=2", "training.gradient_accumulation_steps=3")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run with two workers, three batches a step, packed batches and held-out documents; uninterrupted."""
-    folder = tmp_path_factory.mktemp("run")
-    mlm.train(recipe(folder, "peak_tflops=0.001", *WORKERS))
-    return folder
 
 
 def test_the_log_says_what_was_trained_on(run):
@@ -136,50 +106,6 @@ def test_a_sequence_in_a_packed_batch_trains_as_it_does_alone(tokenizer):
     for a, b in zip(gradients, together, strict=True):
         assert a.abs().max() > 0
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
-
-
-PROGRAM = """
-import os, signal, sys
-import torch
-from training import mlm
-from training.recipe import MLMRecipe, load_recipe
-
-output, *overrides = sys.argv[1:]
-save = torch.save
-
-def killed_while_saving(content, path, **kwargs):
-    save(content, path, **kwargs)
-    if "checkpoint-4" in str(path) and str(path).endswith("optimizer.pt"):
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-torch.save = killed_while_saving
-torch.set_num_threads(1)
-mlm.train(load_recipe(MLMRecipe, "training/recipes/tiny-mlm.yaml", [f"output_dir={output}", *overrides]))
-"""
-
-
-def test_killed_while_saving_it_resumes_from_the_checkpoint_before(run, tmp_path, caplog):
-    with open(tmp_path / "stderr", "w") as errors:  # a pipe would stay open until the orphaned workers notice
-        process = subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(tmp_path), *OVERRIDES, *WORKERS],
-            cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=errors, timeout=200,
-        )  # fmt: skip
-    assert process.returncode == -signal.SIGKILL, (tmp_path / "stderr").read_text()[-2000:]
-    assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
-    assert [is_whole(path) for path in checkpoints(str(tmp_path))] == [False, True]
-    with caplog.at_level("INFO"):
-        final = mlm.train(recipe(tmp_path, *WORKERS), resume=True)
-    assert "checkpoint-4 is not whole" in caplog.text
-    assert f"resuming from {tmp_path / 'checkpoint-2'}" in caplog.text
-    assert "again" not in caplog.text  # the position of the data was in the checkpoint
-    assert_same_weights(run / "final", final)
-    assert_same_weights(run / "checkpoint-4", tmp_path / "checkpoint-4")
-    again, whole = (
-        [(entry["step"], entry["loss"], entry["tokens"]) for entry in log(folder) if "loss" in entry]
-        for folder in (tmp_path, run)
-    )
-    assert again[-4:] == whole[2:]
 
 
 def test_a_checkpoint_without_the_datas_position_reads_them_again(run, tmp_path, caplog):
