@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 
@@ -78,8 +79,21 @@ def placed(model: JinaBertModel | SentenceTransformer) -> dict[str, str | None]:
 
     Two runs that differ in these alone have the same scores up to rounding: `weights_sha256` decides.
     """
+    return {"device": str(model.device), "revision": getattr(_config(model), "_commit_hash", None)}
+
+
+def _config(model: JinaBertModel | SentenceTransformer) -> PreTrainedConfig | None:
+    """The configuration of the transformer; None where there is none."""
     inner = getattr(model[0], "auto_model", None) if isinstance(model, SentenceTransformer) else model
-    return {"device": str(model.device), "revision": getattr(getattr(inner, "config", None), "_commit_hash", None)}
+    return getattr(inner, "config", None)
+
+
+def _note_commit(model: JinaBertModel | SentenceTransformer, name: str, revision: str | None):
+    """Writes the commit that was loaded from the Hub where transformers has it, which a JinaBertConfig loses."""
+    config = _config(model)
+    found = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json", revision=revision)
+    if config is not None and isinstance(found, str):
+        config._commit_hash = Path(found).parent.name
 
 
 def is_official_form(name: str, revision: str | None = None) -> bool:
@@ -118,21 +132,28 @@ def load_sentence_transformer(name: str, placement: Placement) -> SentenceTransf
         "model_kwargs": {"dtype": placement.torch_dtype},
     }
     try:
-        if not is_official_form(name, placement.revision):
-            return SentenceTransformer(name, trust_remote_code=True, **options)
-        modules = load_file_path(name, "modules.json", revision=placement.revision)
-        if modules is not None:
-            types = [module["type"] for module in json.loads(Path(modules).read_text(encoding="utf-8"))]
-            ours = {kind: JinaTransformer for kind in types if kind.rpartition(".")[2] == "Transformer"}
-            return SentenceTransformer._load_with_module_classes(name, ours, **options)
-        hub = {"revision": placement.revision}
-        transformer = JinaTransformer(
-            name, model_kwargs={**hub, **options["model_kwargs"]}, processor_kwargs=hub, config_kwargs=hub
-        )
-        pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
-        return SentenceTransformer(modules=[transformer, pooling], device=options["device"])
+        if is_official_form(name, placement.revision):
+            model = _load_official_form(name, options)
+        else:
+            model = SentenceTransformer(name, trust_remote_code=True, **options)
     except (OSError, ValueError) as error:
         raise EvaluationError(f"model {name}: cannot be loaded ({' '.join(str(error).split())}).") from error
+    _note_commit(model, name, placement.revision)
+    return model
+
+
+def _load_official_form(name: str, options: dict[str, Any]) -> SentenceTransformer:
+    hub = {"revision": options["revision"]}
+    modules = load_file_path(name, "modules.json", **hub)
+    if modules is not None:
+        types = [module["type"] for module in json.loads(Path(modules).read_text(encoding="utf-8"))]
+        ours = {kind: JinaTransformer for kind in types if kind.rpartition(".")[2] == "Transformer"}
+        return SentenceTransformer._load_with_module_classes(name, ours, **options)
+    transformer = JinaTransformer(
+        name, model_kwargs={**hub, **options["model_kwargs"]}, processor_kwargs=hub, config_kwargs=hub
+    )
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
+    return SentenceTransformer(modules=[transformer, pooling], device=options["device"])
 
 
 def load_jina_bert(name: str, placement: Placement) -> JinaBertModel:
@@ -153,6 +174,7 @@ def load_jina_bert(name: str, placement: Placement) -> JinaBertModel:
         model.tokenizer = AutoTokenizer.from_pretrained(name, config=model.config, revision=revision)
     except (OSError, ValueError) as error:
         raise EvaluationError(f"model {name}: cannot be loaded ({' '.join(str(error).split())}).") from error
+    _note_commit(model, name, placement.revision)
     return model.to(placement.torch_device)
 
 

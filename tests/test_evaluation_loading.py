@@ -9,13 +9,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, SHIPPED
+from conftest import CACHES, GOLDEN, SHIPPED
+from safetensors.torch import load_file, save_file
 from sentence_transformers.sentence_transformer.modules import Normalize
 from toy_evaluation import written_sets  # noqa: F401  pytest finds the fixture by name
 
 from evaluation import loading, local, long_documents
 from evaluation.command_line import add_placement, placement_of
-from evaluation.loading import Placement, check_finite, is_official_form, load_jina_bert, load_sentence_transformer
+from evaluation.loading import (
+    Placement,
+    check_finite,
+    is_official_form,
+    load_jina_bert,
+    load_sentence_transformer,
+    placed,
+)
 from evaluation.mteb_model import TextEncoder
 from evaluation.mteb_training import TRAINING_CODE
 from evaluation.sets import EvaluationError
@@ -81,6 +89,41 @@ def test_mteb_reads_the_official_form_and_does_not_claim_its_training(official):
     assert claims == [TRAINING_CODE, None]
     assert encoders[0].normalized
     assert encoders[1].normalized
+
+
+MAIN, OLD = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def repository(official):
+    """A repository of the official form in the Hub's cache; its tag "old" has other weights and does not normalise."""
+    root = CACHES / "hub" / "models--me--official"
+    for commit in (MAIN, OLD):
+        shutil.copytree(official, root / "snapshots" / commit)
+    old = root / "snapshots" / OLD
+    modules = json.loads((old / "modules.json").read_text())
+    (old / "modules.json").write_text(json.dumps(modules[:2]))
+    weights = load_file(old / "model.safetensors")
+    save_file({name: 0.5 * tensor for name, tensor in weights.items()}, old / "model.safetensors", {"format": "pt"})
+    (root / "refs").mkdir()
+    for name, commit in (("main", MAIN), ("old", OLD)):
+        (root / "refs" / name).write_text(commit)
+    yield "me/official"
+    shutil.rmtree(root)
+
+
+def test_a_revision_is_that_of_weights_modules_and_record(repository, official):
+    for load in (load_jina_bert, load_sentence_transformer):
+        main, old = (load(repository, Placement("cpu", revision=revision)) for revision in (None, "old"))
+        np.testing.assert_allclose(main.encode(TEXTS), load(str(official), Placement("cpu")).encode(TEXTS), atol=1e-6)
+        assert np.abs(main.encode(TEXTS) - old.encode(TEXTS)).max() > 1e-2
+        assert [placed(model) for model in (main, old)] == [
+            {"device": "cpu", "revision": MAIN}, {"device": "cpu", "revision": OLD},
+        ]  # fmt: skip
+    assert not isinstance(old[-1], Normalize)
+    assert TextEncoder(repository, "old", device="cpu").revision == OLD
+    with pytest.raises(EvaluationError, match=r"model me/official: cannot be loaded \("):
+        load_jina_bert(repository, Placement("cpu", revision="none"))
 
 
 def test_weights_are_in_the_dtype_that_was_asked_for(official, tmp_path):
