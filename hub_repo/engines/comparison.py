@@ -63,7 +63,8 @@ disturbed weights is outside it. Reads (asked once an engine): the longest of te
 is read whole.
 Tokens/s: calls of {tokens:,} tokens, the median of {rounds}; in brackets the ratio to torch measured next to it.
 fastembed, LangChain and LlamaIndex get texts, as documents and as queries, and tokenise them with their own defaults;
-the others get token ids, llama.cpp and transformers.js one sequence a call."""
+the pipeline of transformers.js gets them, too. The others get token ids, llama.cpp and transformers.js one sequence a
+call."""
 
 
 @dataclass
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--environments", type=Path, metavar="FOLDER",
-        help="where fastembed, LangChain, LlamaIndex, llama.cpp and transformers.js are installed, once (5 GB)",
+        help="where fastembed, LangChain, LlamaIndex, llama.cpp and transformers.js are installed, once (4.4 GB)",
     )  # fmt: skip
     parser.add_argument(
         "--node", type=Path, metavar="FOLDER", help="one with node-llama-cpp and @huggingface/transformers"

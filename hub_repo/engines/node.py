@@ -4,7 +4,8 @@ They are installed by environments.py, or with `npm install --ignore-scripts nod
 @huggingface/transformers` in a folder of its own.
 
 Law: they get the token ids that torch gets, so that a difference is the engine's; llama.cpp's own tokenizer is
-compared by itself. A process for each call: nothing of node stays behind.
+compared by itself, and one row is transformers.js as its users call it: texts into a pipeline. A process for each
+call: nothing of node stays behind.
 """
 
 import json
@@ -20,8 +21,8 @@ from ..formats.gguf_export import gguf_name
 from ..formats.onnx_export import FILES, TOLERANCES
 from ..formats.parity import LENGTHS, Batch, Tolerance, check_batches
 from .environments import NODE, prepared
-from .measure import NO_ENVIRONMENT, Settings, Subject, or_error, pace, timed_batch
-from .rows import TEXTS, Check, Missing, Row, first_of_each, reach
+from .measure import NO_ENVIRONMENT, Settings, Subject, or_error, pace, timed_batch, timed_texts
+from .rows import TEXTS, Check, Missing, Row, check_texts, first_of_each, reach, tokenized, whole_words
 
 _TIME_LIMIT = 1800  # seconds
 _LLAMA_PACKAGE, _JS_PACKAGE = "node-llama-cpp", "@huggingface/transformers"
@@ -74,6 +75,32 @@ for (let round = 0; round < rounds; round++) {
 }
 process.stdout.write("RESULT" + JSON.stringify({vectors, seconds, tokens: []}) + "\\n", () => process.exit(0));
 """
+
+_PIPELINE = """
+import {env, pipeline} from "@huggingface/transformers";
+import {text} from "node:stream/consumers";
+import {dirname, basename} from "node:path";
+const {file, batches, timed, dtype, rounds, threads} = JSON.parse(await text(process.stdin));
+env.allowRemoteModels = false;
+env.localModelPath = dirname(file);
+const extract = await pipeline("feature-extraction", basename(file), {
+  dtype, device: "cpu", session_options: {intraOpNumThreads: threads, logSeverityLevel: 3},
+});
+const embed = (texts) => extract(texts, {pooling: "mean", normalize: true});
+const vectors = [], seconds = [];
+for (const texts of batches) vectors.push((await embed(texts)).tolist());
+for (const texts of timed) {
+  const of_batch = [];
+  for (let round = 0; round <= rounds; round++) {
+    const start = performance.now();
+    await embed(texts);
+    if (round) of_batch.push((performance.now() - start) / 1000);
+  }
+  seconds.push(of_batch);
+}
+process.stdout.write("RESULT" + JSON.stringify({vectors, seconds}) + "\\n", () => process.exit(0));
+"""
+_PIPELINE_NAME = "transformers.js pipeline, fp32"
 
 
 @dataclass(frozen=True)
@@ -196,10 +223,11 @@ def node_rows(subject: Subject, settings: Settings, known: Container[str] = ()) 
         known: Names of engines that are left out.
     """
     wanted = [engine for engine in engines(subject.folder) if engine.name not in known]
+    piped = [_PIPELINE_NAME] if _PIPELINE_NAME not in known else []
     try:
         node = _node_folder(settings)
     except (RuntimeError, OSError) as error:
-        yield from (Missing(engine.name, str(error)) for engine in wanted)
+        yield from (Missing(name, str(error)) for name in (*(engine.name for engine in wanted), *piped))
         return
     # A sequence a call: neither engine is given padding.
     batches = [_between(x, subject.special) for x in check_batches(subject.model.config.vocab_size, LENGTHS)[1:]]
@@ -209,6 +237,11 @@ def node_rows(subject: Subject, settings: Settings, known: Container[str] = ()) 
             yield _row(engine, node, check, subject, settings)
         except RuntimeError as error:  # the other engines were measured, and that took minutes
             yield Missing(engine.name, str(error))
+    for name in piped:
+        try:
+            yield _pipeline_row(name, node, subject, settings)
+        except RuntimeError as error:
+            yield Missing(name, str(error))
 
 
 def _node_folder(settings: Settings) -> Path:
@@ -238,6 +271,31 @@ def _row(engine: NodeEngine, node: Path, check: Check, subject: Subject, setting
     return row
 
 
+def _pipeline_row(name: str, node: Path, subject: Subject, settings: Settings) -> Row:
+    """Texts through the tokenizer and the pipeline of transformers.js, with its own padding and truncation."""
+    words = whole_words(subject.model)
+    texts, timed = check_texts(words), [timed_texts(length, words) for length in settings.lengths]
+    check = Check.of(subject.model, subject.twin, [tokenized(subject.model, x) for x in texts])
+    answer = _answer(
+        node,
+        _PIPELINE,
+        file=str(subject.folder.resolve()),
+        batches=[*texts, *([text] for text in subject.texts)],
+        timed=timed,
+        dtype=_DTYPES["fp32"],
+        rounds=settings.rounds,
+        threads=settings.threads,
+    )
+    vectors = [np.array(x, dtype=np.float32) for x in answer["vectors"]]
+    file, tolerance = subject.folder / FILES["fp32"], TOLERANCES["fp32"]
+    version = package_version(node, _JS_PACKAGE)
+    row = check.row(name, version, file.stat().st_size, vectors[: len(texts)], tolerance)
+    row.reach = reach(vectors[len(texts) :], subject.whole, tolerance)
+    for length, batch, seconds in zip(settings.lengths, timed, answer["seconds"], strict=True):
+        pace(row, length, seconds, len(batch) * length, subject, settings.rounds)
+    return row
+
+
 def _between(batch: Batch, special: tuple[int, int]) -> Batch:
     """The batch with the first and the last token of every sequence special, as llama.cpp wants them."""
     ids = batch["input_ids"].copy()
@@ -261,6 +319,18 @@ def tokenizer_remark(subject: Subject, settings: Settings) -> str:
 
 def _run(node_folder: Path, program: str, request: dict, sequences, *, rounds: int, threads: int) -> NodeResult:
     ids = [[int(x) for x in sequence] for sequence in sequences]
+    answer = _answer(node_folder, program, **request, sequences=ids, rounds=rounds, threads=threads)
+    vectors = np.array(answer["vectors"], dtype=np.float32).reshape(len(ids), -1 if ids else 0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return NodeResult(vectors, answer["seconds"], answer["tokens"])
+
+
+def _answer(node_folder: Path, program: str, **request) -> dict:
+    """What a program says to a request.
+
+    Raises:
+        RuntimeError: node or a package is missing, or the program failed.
+    """
     try:
         # A file beside node_modules, for imports are resolved from there; llama.cpp's loader starts node again and
         # would hand a program given with -e to that process, too.
@@ -269,7 +339,7 @@ def _run(node_folder: Path, program: str, request: dict, sequences, *, rounds: i
             file.flush()
             process = subprocess.run(
                 ["node", file.name],
-                input=json.dumps({**request, "sequences": ids, "rounds": rounds, "threads": threads}),
+                input=json.dumps(request),
                 capture_output=True,
                 text=True,
                 cwd=node_folder,
@@ -282,7 +352,4 @@ def _run(node_folder: Path, program: str, request: dict, sequences, *, rounds: i
     lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT")]
     if process.returncode or not lines:
         raise RuntimeError(f"the node engine failed in {node_folder}:\n{process.stderr[-2000:]}")
-    answer = json.loads(lines[-1].removeprefix("RESULT"))
-    vectors = np.array(answer["vectors"], dtype=np.float32).reshape(len(ids), -1 if ids else 0)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return NodeResult(vectors, answer["seconds"], answer["tokens"])
+    return json.loads(lines[-1].removeprefix("RESULT"))
