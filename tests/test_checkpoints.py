@@ -138,6 +138,85 @@ def test_a_tensor_of_another_shape_is_named(golden, tmp_path):
         JinaBertModel.from_pretrained(tmp_path)
 
 
+KEY = "encoder.layer.1.attention.self.key.weight"
+
+
+@pytest.fixture
+def plain(golden, tmp_path):
+    """A copy of a golden model without a prefix, to damage."""
+    return shutil.copytree(golden.folder / "plain", tmp_path / "model")
+
+
+def rewrite(folder, **tensors):
+    weights = load_file(folder / "model.safetensors") | tensors
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_numbers_that_are_not_finite_are_refused(plain):
+    key = load_file(plain / "model.safetensors")[KEY]
+    rewrite(plain, **{KEY: key * 1e6})
+    JinaBertModel.from_pretrained(plain)
+    with pytest.raises(ValueError, match=rf"{KEY} has values that are not finite in torch\.float16"):
+        JinaBertModel.from_pretrained(plain, dtype=torch.float16)
+    for value in ("nan", "inf", "-inf"):
+        key[3, 5] = float(value)
+        rewrite(plain, **{KEY: key})
+        with pytest.raises(ValueError, match=f"{plain}: {KEY} has values that are not finite"):
+            JinaBertModel.from_pretrained(plain)
+
+
+def test_large_numbers_are_finite(plain):
+    rewrite(plain, **{KEY: torch.full((64, 64), 1e38)})  # their sum is not
+    JinaBertModel.from_pretrained(plain)
+
+
+def test_integers_are_no_weights(plain):
+    rewrite(plain, **{"embeddings.position_ids": torch.arange(512)})  # a buffer of some releases
+    JinaBertModel.from_pretrained(plain)
+    rewrite(plain, **{KEY: torch.ones(64, 64, dtype=torch.int8)})
+    with pytest.raises(ValueError, match=f"{KEY} is stored as I8, not one of F64, F32, F16, BF16"):
+        JinaBertModel.from_pretrained(plain)
+
+
+@pytest.mark.parametrize("layers", [1, 10**9])
+def test_another_number_of_layers_is_refused(plain, layers):
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    with pytest.raises(ValueError, match=rf"{plain} holds \d layers, the .* says num_hidden_layers={layers}\."):
+        JinaBertModel.from_pretrained(plain)
+
+
+@pytest.mark.parametrize("storage", ["safetensors", "bin"])
+def test_shards_are_files_of_the_folder(plain, storage):
+    weights = load_file(plain / "model.safetensors")
+    (plain / "model.safetensors").unlink()
+    save = torch.save if storage == "bin" else save_file
+    save(weights, plain.parent / f"outside.{storage}")
+    index = plain / ("pytorch_model.bin.index.json" if storage == "bin" else "model.safetensors.index.json")
+    for name, message in (
+        (f"../outside.{storage}", f"{index} names '../outside.{storage}', which is not a file name in this folder"),
+        (str(plain.parent / f"outside.{storage}"), "which is not a file name in this folder"),
+        (f"other.{storage}", f"{index} names other.{storage}, which is missing"),
+    ):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, name)}))
+        with pytest.raises(ValueError, match=message):
+            JinaBertModel.from_pretrained(plain)
+    content = (plain.parent / f"outside.{storage}").read_bytes()
+    (plain / f"other.{storage}").write_bytes(content[:-1000])
+    with pytest.raises(ValueError, match=f"other.{storage} is not a whole"):
+        JinaBertModel.from_pretrained(plain)
+    (plain / f"other.{storage}").write_bytes(content)
+    assert JinaBertModel.from_pretrained(plain).num_parameters() > 0
+
+
+def test_a_head_of_another_size_is_new_if_asked_for(golden, tmp_path):
+    JinaBertForSequenceClassification.from_pretrained(golden.folder, num_labels=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"classifier.weight is \(3, 64\), the configuration says \(5, 64\)"):
+        JinaBertForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    model = JinaBertForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert model.classifier.out_features == 5
+
+
 def test_a_plain_bert_is_refused(tmp_path):
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     BertModel(config).save_pretrained(tmp_path)
