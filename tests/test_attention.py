@@ -359,12 +359,31 @@ def test_autocast():
     assert 0 < errors["sdpa"] <= 2 * errors["eager"]
 
 
-def test_the_operator_is_sound():
+@pytest.mark.parametrize("by_products", [False, True])
+def test_the_operator_is_sound(monkeypatch, by_products):
     """torch's own checks of an operator: schema, fake implementation, autograd registration, dynamic shapes."""
+    monkeypatch.setattr(cpu_attention, "by_products", lambda dtype: by_products)
     lengths = torch.tensor([0, 5, 5, 70, 1])
     qkv = [torch.randn(81, 4, 16, requires_grad=True) for _ in range(3)]
     slopes = torch.tensor(alibi_slopes(4))
     torch.library.opcheck(cpu_attention.alibi_attention, (*qkv, slopes, lengths.cumsum(0), 0.25, True, True))
+
+
+@pytest.mark.parametrize("by_products", [False, True])
+def test_rows_behind_the_last_sequence_change_nothing(monkeypatch, by_products):
+    monkeypatch.setattr(cpu_attention, "by_products", lambda dtype: by_products)
+    lengths = torch.tensor([0, 5, 5, 70, 1])
+    qkv = [torch.randn(81, 4, 16) for _ in range(3)]
+    slopes = torch.tensor(alibi_slopes(4))
+
+    def attend(behind: int) -> list[torch.Tensor]:
+        rows = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, behind)).requires_grad_() for x in qkv]
+        context, _ = cpu_attention.alibi_attention(*rows, slopes, lengths.cumsum(0), 0.25, True, True)
+        assert context.isfinite().all()
+        return [context[:81], *(x[:81] for x in torch.autograd.grad(context[:81].square().sum(), rows))]
+
+    for found, expected in zip(attend(7), attend(0), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu

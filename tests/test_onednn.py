@@ -10,7 +10,7 @@ from modeling_jina_bert import (
     alibi,
     attention,
     count_scores,
-    cpu_attention,
+    cpu_products,
     layers,
     onednn,
 )
@@ -24,8 +24,8 @@ CONFIG = {"vocab_size": 100, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num
 def _on_every_processor(monkeypatch):
     """Whichever processor the tests run on."""
     monkeypatch.setattr(onednn, "_pays", lambda dtype: dtype in (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(cpu_attention, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(cpu_attention, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(cpu_products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(cpu_products, "multiplies_bf16", lambda: True)
 
 
 @pytest.fixture
@@ -167,25 +167,72 @@ def test_mlp_blocks_of_tokens(monkeypatch):
 @pytest.mark.parametrize("lengths", [[1], [17] * 5, [40, 40, 3, 1, 64], [700], [2500], [2300, 20, 2300]])
 def test_attention_by_products_equals_eager(monkeypatch, lengths, scores_at_a_time):
     """bfloat16: batches of sequences, of heads, blocks of queries, windows. Measured against the float64 reference."""
-    monkeypatch.setattr(cpu_attention, "_PRODUCT_SCORES", scores_at_a_time)
-    monkeypatch.setattr(cpu_attention, "_PRODUCT_ROWS", 64)
+    monkeypatch.setattr(cpu_products, "_SCORES", scores_at_a_time)
+    monkeypatch.setattr(cpu_products, "_ROWS", 64)
     heads = 4
     generator = torch.Generator().manual_seed(len(lengths))
     qkv = [torch.randn(sum(lengths), heads, 16, generator=generator).bfloat16() for _ in range(3)]
     slopes = alibi.alibi_slopes(heads)
     options = {"device": torch.device("cpu"), "sparse": True}
 
+    for x in qkv:
+        x.requires_grad_()
+    upstream = torch.randn(sum(lengths), heads, 16, generator=generator).bfloat16()
+
+    def attend() -> list[torch.Tensor]:
+        """The context, and the gradients of query, key and value."""
+        sequences = Sequences.of_lengths(slopes, lengths, dtype=torch.bfloat16, **options)
+        context, _ = attention.sdpa_attention(*qkv, sequences, scaling=0.25)
+        return [context, *torch.autograd.grad(context, qkv, upstream)]
+
+    doubles = [x.detach().double().requires_grad_() for x in qkv]
     exact, _ = attention.eager_attention(
-        *(x.double() for x in qkv),
-        Sequences.of_lengths(slopes, lengths, dtype=torch.float64, **options),
-        scaling=0.25,
+        *doubles, Sequences.of_lengths(slopes, lengths, dtype=torch.float64, **options), scaling=0.25
     )
-    sequences = Sequences.of_lengths(slopes, lengths, dtype=torch.bfloat16, **options)
-    with torch.inference_mode(), count_scores() as count:
-        found, _ = attention.sdpa_attention(*qkv, sequences, scaling=0.25)
-    with torch.enable_grad():
-        fused, _ = attention.sdpa_attention(*qkv, sequences, scaling=0.25)
+    exact = [exact, *torch.autograd.grad(exact, doubles, upstream.double())]
+    with count_scores() as count:
+        found = attend()
     assert (max(lengths) >= 2048) == (count.skipped_share > 0)
-    gap = (found.double() - exact).abs()
-    assert gap.max() < 0.03
-    assert gap.mean() < 2 * (fused.double() - exact).abs().mean() + 1e-6  # at most twice the error of the fused kernel
+    monkeypatch.setattr(cpu_products, "mkl_is_slow", lambda: False)
+    fused = attend()
+    for one, other, reference in zip(found, fused, exact, strict=True):
+        gap = (one.double() - reference).abs()
+        assert gap.max() < 0.03 * max(1, reference.abs().max())
+        # At most twice the error of the fused kernel.
+        assert gap.mean() < 2 * (other.double() - reference).abs().mean() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_shapes_whatever_the_lengths(monkeypatch, dtype):
+    """oneDNN keeps memory for every shape: 300 lengths must not be 300 shapes of each product."""
+    shapes = set()
+    operator, batched = onednn._product, torch.bmm
+
+    class Recorded:
+        def __call__(self, states, *arguments):
+            shapes.add(("linear", states.shape[0]))
+            return operator(states, *arguments)
+
+        def binary(self, states, *arguments):
+            shapes.add(("linear", states.shape[0]))
+            return operator.binary(states, *arguments)
+
+    def recorded(left, right, **options):
+        shapes.add(("bmm", left.shape))
+        return batched(left, right, **options)
+
+    monkeypatch.setattr(onednn, "_product", Recorded())
+    monkeypatch.setattr(torch, "bmm", recorded)
+    model = model_of().to(dtype)
+    with torch.inference_mode():
+        for length in range(1, 301):
+            model(
+                torch.full((2, length), 7),
+                torch.tensor([[1] * length, [1] * (length // 2 + 1) + [0] * (length - length // 2 - 1)]),
+            )
+    on_grid = {onednn.on_grid(rows) for rows in range(1, 601)}
+    assert len(on_grid) == 67
+    assert {rows for kind, rows in shapes if kind == "linear"} <= on_grid
+    of_attention = [shape for kind, shape in shapes if kind == "bmm"]
+    assert len(of_attention) <= 3 * len(on_grid)
+    assert bool(of_attention) == (dtype == torch.bfloat16)

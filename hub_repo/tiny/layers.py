@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .attention import ATTENTION_FUNCTIONS, eager_attention
 from .configuration_jina_bert import JinaBertConfig
-from .onednn import applies, gated, linear, linear_plus
+from .onednn import applies, gated, linear, linear_plus, on_grid
 from .packing import Sequences
 
 MLP_BLOCK_BYTES = 2**24
@@ -200,14 +200,26 @@ class JinaBertLayer(GradientCheckpointingLayer):
 class JinaBertEncoder(nn.Module):
     def __init__(self, config: JinaBertConfig):
         super().__init__()
+        self.config = config
         self.layer = nn.ModuleList([JinaBertLayer(config) for _ in range(config.num_hidden_layers)])
 
     def forward(
         self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool = False
     ) -> BaseModelOutput:
+        sdpa = self.config._attn_implementation == "sdpa" and not output_attentions
+        if sdpa and sequences.is_flat and applies(hidden_states):
+            # Rows behind the last sequence, which attention passes over: few numbers of rows, few shapes of products.
+            rows = len(hidden_states)
+            filled = nn.functional.pad(hidden_states, (0, 0, 0, on_grid(rows) - rows))
+            hidden_states = self._layers(filled, sequences, output_attentions)[:rows]
+        else:
+            hidden_states = self._layers(hidden_states, sequences, output_attentions)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+    def _layers(self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool) -> torch.Tensor:
         for layer in self.layer:
             hidden_states = layer(hidden_states, sequences, output_attentions)
-        return BaseModelOutput(last_hidden_state=hidden_states)
+        return hidden_states
 
 
 class JinaBertPooler(nn.Module):
