@@ -273,7 +273,7 @@ def _row(engine: NodeEngine, node: Path, check: Check, subject: Subject, setting
 
 def _pipeline_row(name: str, node: Path, subject: Subject, settings: Settings) -> Row:
     """Texts through the tokenizer and the pipeline of transformers.js, with its own padding and truncation."""
-    words = whole_words(subject.model)
+    version, words = package_version(node, _JS_PACKAGE), whole_words(subject.model)
     texts, timed = check_texts(words), [timed_texts(length, words) for length in settings.lengths]
     check = Check.of(subject.model, subject.twin, [tokenized(subject.model, x) for x in texts])
     answer = _answer(
@@ -288,7 +288,6 @@ def _pipeline_row(name: str, node: Path, subject: Subject, settings: Settings) -
     )
     vectors = [np.array(x, dtype=np.float32) for x in answer["vectors"]]
     file, tolerance = subject.folder / FILES["fp32"], TOLERANCES["fp32"]
-    version = package_version(node, _JS_PACKAGE)
     row = check.row(name, version, file.stat().st_size, vectors[: len(texts)], tolerance)
     row.reach = reach(vectors[len(texts) :], subject.whole, tolerance)
     for length, batch, seconds in zip(settings.lengths, timed, answer["seconds"], strict=True):
