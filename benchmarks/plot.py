@@ -61,7 +61,7 @@ def write_plot(path: Path, results: dict[str, Any]):
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
     except ImportError as error:
-        raise ImportError("benchmarks.plot needs: pip install 'modeling-jina-bert[benchmarks]'") from error
+        raise ImportError("benchmarks.plot needs: pip install -e '.[benchmarks]'") from error
     from .report import MIB, peak_bytes, tokens_per_second
 
     figure = Figure(figsize=(13, 5), layout="constrained")

@@ -302,7 +302,7 @@ def print_report(results: dict[str, Any]):
         from rich.markup import escape
         from rich.table import Table as RichTable
     except ImportError as error:
-        raise ImportError("benchmarks.report needs: pip install 'modeling-jina-bert[benchmarks]'") from error
+        raise ImportError("benchmarks.report needs: pip install -e '.[benchmarks]'") from error
     console = Console()
     for table in make_tables(results):
         printed = RichTable(title=table.title, caption=table.note)

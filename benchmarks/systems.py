@@ -12,7 +12,7 @@ from .machine import has_native_bf16
 from .workloads import Shape
 
 OURS_LONGEST = 131072
-INSTALL = "pip install 'modeling-jina-bert[benchmarks]'"
+INSTALL = "pip install -e '.[benchmarks]'"
 
 
 @dataclass(frozen=True)

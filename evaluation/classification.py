@@ -18,7 +18,7 @@ try:
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import KFold
 except ImportError as error:
-    raise ImportError("evaluation.classification needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.classification needs: pip install -e '.[evaluate]'") from error
 
 FOLDS = 5
 ITERATIONS = 100  # of the optimiser, as in mteb: a part of the protocol, converged or not

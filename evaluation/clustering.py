@@ -10,7 +10,7 @@ import numpy as np
 try:
     from sklearn.cluster import MiniBatchKMeans
 except ImportError as error:
-    raise ImportError("evaluation.clustering needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.clustering needs: pip install -e '.[evaluate]'") from error
 
 BATCH = 500  # texts, as in mteb
 

@@ -369,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"demo: {error.name} is missing: pip install 'modeling-jina-bert[demo]'", file=sys.stderr)
+        print(f"demo: {error.name} is missing: pip install -e '.[demo]'", file=sys.stderr)
         return 2
     return 0
 

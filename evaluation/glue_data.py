@@ -157,7 +157,7 @@ def _hub_reader(hub: str, config: str) -> Callable[[str], Iterator[Row] | None]:
     try:
         from datasets import ClassLabel, load_dataset
     except ImportError as error:
-        raise ImportError("Reading GLUE from the Hub needs: pip install 'modeling-jina-bert[evaluate]'") from error
+        raise ImportError("Reading GLUE from the Hub needs: pip install -e '.[evaluate]'") from error
     try:
         splits = load_dataset(hub, config)
     except (OSError, ValueError) as error:  # no such repository or configuration; no connection

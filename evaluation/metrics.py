@@ -23,7 +23,7 @@ try:
     import pytrec_eval
     from scipy import sparse
 except ImportError as error:
-    raise ImportError("evaluation.metrics needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.metrics needs: pip install -e '.[evaluate]'") from error
 
 CUTOFF = 10  # documents the retrieval measures look at
 MEASURES = {

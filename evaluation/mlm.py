@@ -41,7 +41,7 @@ try:
     from rich.table import Table
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError("evaluation.mlm needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.mlm needs: pip install -e '.[evaluate]'") from error
 
 logger = logging.getLogger(__name__)
 

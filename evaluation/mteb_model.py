@@ -29,7 +29,7 @@ try:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize
 except ImportError as error:
-    raise ImportError("evaluation.mteb_model needs: pip install 'modeling-jina-bert[evaluate,mteb]'") from error
+    raise ImportError("evaluation.mteb_model needs: pip install -e '.[evaluate,mteb]'") from error
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata

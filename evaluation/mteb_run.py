@@ -50,7 +50,7 @@ try:
     from mteb.cache import ResultCache
     from mteb.results import TaskResult
 except ImportError as error:
-    raise ImportError("evaluation.mteb_run needs: pip install 'modeling-jina-bert[evaluate,mteb]'") from error
+    raise ImportError("evaluation.mteb_run needs: pip install -e '.[evaluate,mteb]'") from error
 
 logger = logging.getLogger(__name__)
 

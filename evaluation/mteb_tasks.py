@@ -24,7 +24,7 @@ try:
     from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
     from mteb.abstasks.task_metadata import TaskMetadata
 except ImportError as error:
-    raise ImportError("evaluation.mteb_tasks needs: pip install 'modeling-jina-bert[evaluate,mteb]'") from error
+    raise ImportError("evaluation.mteb_tasks needs: pip install -e '.[evaluate,mteb]'") from error
 
 PAPER = "MTEB(eng, v1)"
 LONG = ("NarrativeQARetrieval", "WikiCitiesClustering", "SciFact", "BigPatentClustering")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 try:
     from mteb.models.model_implementations import MODEL_REGISTRY
 except ImportError as error:
-    raise ImportError("evaluation.mteb_training needs: pip install 'modeling-jina-bert[evaluate,mteb]'") from error
+    raise ImportError("evaluation.mteb_training needs: pip install -e '.[evaluate,mteb]'") from error
 
 TEACHER = "sentence-transformers/all-MiniLM-L6-v2"
 

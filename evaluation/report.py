@@ -28,7 +28,7 @@ from .tables import markdown_table, table_rows
 try:
     from markdown_it import MarkdownIt
 except ImportError as error:
-    raise ImportError("evaluation.report needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.report needs: pip install -e '.[evaluate]'") from error
 
 PAGE = Path(__file__).parent / "templates" / "report.html"
 _ENVIRONMENT = (
@@ -95,7 +95,10 @@ def _local_table(files: list[Path]) -> str:
             for row in rows
         ]
         lines += [*legend(models[0], found), ""]
-    return "\n".join([*lines, *(f"    {command}" for command in commands), "", markdown_table(header, rows)])
+    # The size of a set comes last: on a phone the first columns are what is seen.
+    header, *rows = ([row[0], *row[2:], row[1]] for row in (header, *rows))
+    table = markdown_table(header, rows, names=2)
+    return "\n".join([*lines, *(f"    {command}" for command in commands), "", table])
 
 
 def _late_chunking(files: list[Path]) -> Rendered:

@@ -17,7 +17,7 @@ from .set_types import EvaluationError
 try:
     import zstandard
 except ImportError as error:
-    raise ImportError("evaluation.rows needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.rows needs: pip install -e '.[evaluate]'") from error
 
 SUFFIXES = (".zst", ".gz", "")  # of a file as it may be compressed
 _BLOCK = 2**16  # bytes

@@ -20,7 +20,7 @@ try:
     import bm25s
     from sentence_transformers import SentenceTransformer
 except ImportError as error:
-    raise ImportError("evaluation.systems needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.systems needs: pip install -e '.[evaluate]'") from error
 
 logger = logging.getLogger(__name__)
 

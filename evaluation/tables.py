@@ -13,7 +13,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
-    raise ImportError("evaluation.tables needs: pip install 'modeling-jina-bert[evaluate]'") from error
+    raise ImportError("evaluation.tables needs: pip install -e '.[evaluate]'") from error
 
 LOG_WIDTH = 200  # characters
 

@@ -160,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = verify_folder(arguments.folder, trust=arguments.trust)
     for finding in report.findings:
         print(finding)
-    print(f"{arguments.folder}: {'verified' if report.ok else f'{len(report.errors)} errors'}")
+    errors = f"{len(report.errors)} error{'s' * (len(report.errors) != 1)}"
+    print(f"{arguments.folder}: {'verified' if report.ok else errors}")
     return 0 if report.ok else 1
 
 

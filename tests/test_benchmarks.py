@@ -123,7 +123,7 @@ def test_out_of_memory_is_told_from_other_failures(message, status):
 def test_what_is_not_installed_is_listed():
     status, message = missing(System("onnxruntime", "fp32", 8192, "", packages=("no_such_package",)), "cpu")
     assert status == "not installed"
-    assert "pip install 'modeling-jina-bert[benchmarks]'" in message
+    assert "pip install -e '.[benchmarks]'" in message
     assert all(system.device != "cuda" for system in select(None, "cpu").values())
     assert {"ours-flex-bf16", "ours-flash2-bf16", "dense-pytorch-fp32"} <= set(select(None, "cuda"))
 

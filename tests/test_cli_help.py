@@ -99,7 +99,7 @@ def test_the_examples_that_embed_run_in_their_order(inputs):
     assert made <= {path.name for path in inputs.iterdir()}
 
 
-@pytest.mark.parametrize(("document", "shown"), [("hub_repo/CLI.md", ["", "encode "]), ("README.md", [])])
+@pytest.mark.parametrize(("document", "shown"), [("hub_repo/CLI.md", ["", "encode "]), ("README.md", [""])])
 def test_the_documents_show_the_help_itself(document, shown, monkeypatch):
     """`shown` has to be there; whatever else is shown has to be right."""
     text = (REPOSITORY / document).read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from modeling_jina_bert.masking import IGNORED
 from training.masking import WholeWordMaskingCollator
 from training.packing import Progress, Reader, Tally, TrainingBatches, data_loader, load_progress, save_progress
 from training.recipe import MLMRecipe, RecipeError, Source
-from training.sources import Cutter, SourceReader, is_heldout, open_sources, sequences
+from training.sources import Cutter, SourceReader, is_heldout, open_sources, open_tokenizer, sequences
 from training.stream import SequenceStream
 
 
@@ -295,6 +295,12 @@ def test_what_is_wrong_with_a_source_is_named(shards, tokenizer, source, message
     with pytest.raises(RecipeError, match=message) as error:
         list(sequences(recipe(shards), [Source(name="mine", **source)], tokenizer))
     assert "source mine" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["no/such-folder", "/no/such/folder"])
+def test_a_tokenizer_that_is_not_there_is_named(name):
+    with pytest.raises(RecipeError, match=f"tokenizer='{name}' cannot be loaded: "):
+        open_tokenizer(name)
 
 
 def test_a_reader_without_documents_is_an_error(tmp_path, tokenizer):

@@ -124,7 +124,7 @@ def check(recipe: CorpusRecipe):
     """Raises `RecipeError` for what would fail later: packages, numbers, names, output folder, sources, tokenizer."""
     for package, module in (("datatrove", "datatrove"), ("lingua-language-detector", "lingua")):
         if find_spec(module) is None:
-            raise RecipeError(f'{package} is not installed: pip install "modeling-jina-bert[corpus]".')
+            raise RecipeError(f'{package} is not installed: pip install -e ".[corpus]".')
     from lingua import IsoCode639_1
 
     from .corpus_steps import load_tokenizer

@@ -272,17 +272,18 @@ def load_tokenizer(name: str) -> tuple[Any, dict[str, str]]:
     Raises:
         RecipeError: There is none, or it has no tokenizer.json.
     """
-    from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
     import modeling_jina_bert  # noqa: F401  registers its configuration: nobody is asked to trust a folder of ours
 
+    from .sources import open_tokenizer
+
+    tokenizer = open_tokenizer(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
         path = cached_file(name, "tokenizer.json")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"tokenizer={name!r} cannot be loaded with its tokenizer.json: {reason}") from error
+        raise RecipeError(f"tokenizer={name!r} has no tokenizer.json: {reason}") from error
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return tokenizer, {"tokenizer": name, "vocab_size": str(len(tokenizer)), "tokenizer_sha256": digest}
 

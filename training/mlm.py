@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     PreTrainedConfig,
@@ -35,7 +34,7 @@ from .monitor import Monitor, MonitoredTrainer, monitored_arguments, resumed_pro
 from .packing import Reader, Report, Tally, TrainingBatches, data_loader
 from .recipe import MLMRecipe, RecipeError, accumulation_steps, command_line, load_recipe
 from .run import RunRecorder, check_checkpoint, exit_on_recipe_error, resume_checkpoint
-from .sources import open_sources, sequences
+from .sources import open_sources, open_tokenizer, sequences
 
 _ARCHITECTURES: dict[str, tuple[type, type]] = {
     "jina_bert": (JinaBertConfig, JinaBertForMaskedLM),
@@ -182,7 +181,7 @@ def build_trainer(recipe: MLMRecipe, arguments: TrainingArguments, checkpoint: s
         RecipeError: Anything wrong with the recipe, its data or the checkpoint.
     """
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+    tokenizer = open_tokenizer(recipe.tokenizer)
     tokenizer.model_max_length = max(tokenizer.model_max_length, 8192)  # of the saved tokenizer
     model = build_model(recipe, tokenizer)
     check_checkpoint(checkpoint, model.config)

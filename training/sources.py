@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .recipe import MLMRecipe, RecipeError, Source
 from .source_files import check_source, readable, source_files
@@ -38,6 +38,15 @@ class OpenSource:
     source: Source
     dataset: IterableDataset
     heldout: bool = False
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or of a Hub name, or a `RecipeError` that says why there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(f"tokenizer={name!r} cannot be loaded: {reason}") from error
 
 
 def open_sources(
