@@ -1,6 +1,6 @@
 """LoRA on both published layouts, in the official form: what is trained, saved, loaded elsewhere and merged.
 
-Laws: only adapters are trained; the adapter beside its base, and the merged folder, give the same embeddings in a
+Laws, of stages II and III: only adapters are trained; the adapter beside its base, and the merged folder, give the same embeddings in a
 process that has not got our package; a resumed run is the uninterrupted one.
 """
 
@@ -26,13 +26,14 @@ LAYOUTS = {
 TEXTS = ["How is the weather today?", "", "A longer text, of many words. " * 5]
 
 
-def recipe(layout: str, output, *changes: str) -> ContrastiveRecipe:
+def recipe(layout: str, output, *changes: str, stage: str = "pairs") -> ContrastiveRecipe:
+    file = "triplets" if "hard" in stage else "pairs"
     return load_recipe(
         ContrastiveRecipe,
-        REPOSITORY / "training" / "recipes" / "tiny-pairs.yaml",
+        REPOSITORY / "training" / "recipes" / f"tiny-{stage}.yaml",
         [
             f"model={GOLDEN / layout}", f"output_dir={output}", f"data_dir={REPOSITORY / 'tests' / 'data'}",
-            "sources=[{name: facts, path: pairs.jsonl}]", "max_length=32", "lora={r: 4, alpha: 8, dropout: 0.1}",
+            f"sources=[{{name: facts, path: {file}.jsonl}}]", "max_length=32", "lora={r: 4, alpha: 8, dropout: 0.1}",
             "training.max_steps=4", "training.save_steps=2", "training.per_device_train_batch_size=8",
             "training.learning_rate=0.01", "training.warmup_steps=0", "training.disable_tqdm=true",
             "training.use_cpu=true", *changes,
@@ -123,6 +124,30 @@ def test_resumed_equals_uninterrupted(runs, tmp_path):
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=name)
     with pytest.raises(RecipeError, match=r"is a checkpoint of an adapter, the recipe's of a whole model"):
         contrastive.train(recipe("A-small4h", tmp_path / "whole", "lora=null"), resume=str(checkpoint))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stage_three_trains_the_adapters_alone_and_resumes(layout, tmp_path):
+    """With three negatives a row, through the cached loss."""
+    changes = ("num_negatives=3", "mini_batch_tokens=200")
+    final = contrastive.train(recipe(layout, tmp_path / "run", *changes, stage="hard-negatives"))
+    base = JinaBertModel.from_pretrained(GOLDEN / layout).state_dict()
+    for name, tensor in load_file(tmp_path / "run" / "base" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, base[name], rtol=0, atol=0)
+    merged = load_file(final / "model.safetensors")
+    changed = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
+    assert {name.split(".")[-2] for name in changed} == LAYOUTS[layout]
+    adapted, plain = (
+        SentenceTransformer(str(tmp_path / "run" / kind), trust_remote_code=True, device="cpu").encode(TEXTS)
+        for kind in ("adapter", "final")
+    )
+    np.testing.assert_allclose(adapted, plain, atol=1e-5)
+    resumed = contrastive.train(
+        recipe(layout, tmp_path / "resumed", *changes, stage="hard-negatives"),
+        resume=str(tmp_path / "run" / "checkpoint-2"),
+    )
+    for name, tensor in load_file(resumed / "model.safetensors").items():
+        torch.testing.assert_close(tensor, merged[name], rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.parametrize(
