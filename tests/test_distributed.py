@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import REPOSITORY, SHIPPED
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from training import mlm
 from training.recipe import MLMRecipe, RecipeError, load_recipe
@@ -175,15 +177,48 @@ def test_the_launch_files_are_read_by_accelerate(name, monkeypatch):
         assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
 
 
+class FilledConfig(HfTrainerDeepSpeedConfig, HfDeepSpeedConfig):
+    """The configuration as the Trainer fills it; transformers derives it from accelerate's only beside deepspeed."""
+
+    def __init__(self, path: Path):
+        HfDeepSpeedConfig.__init__(self, str(path))
+        self._dtype, self.mismatches = None, []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("size", ["small", "base", "large"])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_deepspeed_files_leave_the_recipe_in_charge(stage):
-    """Without deepspeed installed: that the file is read, and that what the recipe says is nowhere contradicted."""
-    config = HfDeepSpeedConfig(str(REPOSITORY / "training" / "deepspeed" / f"zero{stage}.json"))
+def test_the_recipe_fills_the_deepspeed_files(stage, size, precision, tmp_path, monkeypatch):
+    """Without deepspeed installed: every "auto" becomes what the recipe says, and nothing contradicts it."""
+    config = FilledConfig(REPOSITORY / "training" / "deepspeed" / f"zero{stage}.json")
     assert config.get_value("zero_optimization.stage") == stage
-    for key in (
-        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-        "bf16.enabled", "fp16.enabled",
-    ):  # fmt: skip
-        assert config.get_value(key) == "auto", key
-    assert config.get_value("optimizer") is None  # the recipe's AdamW
-    assert config.get_value("scheduler") is None
+    monkeypatch.setenv("WORLD_SIZE", "8")  # what stage_arguments divides the global batch by
+    of = load_recipe(MLMRecipe, RECIPES / f"{size}-mlm.yaml", [f"output_dir={tmp_path}", "training.bf16=false"])
+    arguments = mlm.stage_arguments(of)
+    setattr(arguments, precision, True)  # a CPU refuses fp16 before that
+    config.trainer_config_process(SimpleNamespace(**{**vars(arguments), "world_size": 8}))
+    config.trainer_config_finalize(arguments, SimpleNamespace(config=None), num_training_steps=arguments.max_steps)
+    assert config.mismatches == []
+    assert '"auto"' not in json.dumps(config.config)
+    batch = of.training["per_device_train_batch_size"]
+    assert config.config["train_micro_batch_size_per_gpu"] == batch
+    assert config.config["gradient_accumulation_steps"] * batch * 8 == config.config["train_batch_size"] == 4096
+    assert config.config["gradient_clipping"] == arguments.max_grad_norm
+    assert (config.config["bf16"]["enabled"], config.config["fp16"]["enabled"]) == (
+        precision == "bf16",
+        precision == "fp16",
+    )
+    assert config.dtype() == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    # The optimiser and the schedule are those of the recipe, made by the Trainer.
+    assert not {"optimizer", "scheduler"} & config.config.keys()
+
+
+def test_a_deepspeed_file_that_contradicts_the_recipe_would_be_seen(tmp_path):
+    path = tmp_path / "zero.json"
+    content = json.loads((REPOSITORY / "training" / "deepspeed" / "zero1.json").read_text())
+    path.write_text(json.dumps({**content, "gradient_accumulation_steps": 3}))
+    config = FilledConfig(path)
+    arguments = mlm.stage_arguments(recipe(tmp_path))
+    config.trainer_config_process(arguments)
+    with pytest.raises(ValueError, match="ds gradient_accumulation_steps=3 vs hf gradient_accumulation_steps=4"):
+        config.trainer_config_finalize(arguments, None, num_training_steps=4)
