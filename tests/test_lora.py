@@ -1,7 +1,7 @@
 """LoRA on both published layouts, in the official form: what is trained, saved, loaded elsewhere and merged.
 
-Laws, of stages II and III: only adapters are trained; the adapter beside its base, and the merged folder, give the same embeddings in a
-process that has not got our package; a resumed run is the uninterrupted one.
+Laws, of stages II and III: only adapters are trained; the adapter beside its base, and the merged folder, give the
+same embeddings in a process that has not got our package; a resumed run is the uninterrupted one.
 """
 
 import json
