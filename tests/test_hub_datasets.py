@@ -9,8 +9,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import REPOSITORY, SHIPPED
 from hub_server import serve
+from safetensors.torch import load_file
 
 ROWS = [{"question": f"What is number {i}?", "answer": f"The number {i}, {i * i} squared."} for i in range(200)]
 
@@ -19,11 +21,18 @@ def lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+TEXTS = {
+    f"data/train-{part}.jsonl": lines([{"text": f"The number {i} is {i % 7} more."} for i in range(part, 200, 2)])
+    for part in range(2)
+}
+
+
 @pytest.fixture
 def hub(tmp_path):
     """The endpoint's environment, and the requests it has seen."""
     datasets = {
         "me/pairs": {f"data/train-{part}.jsonl": lines(ROWS[100 * part : 100 * part + 100]) for part in range(2)},
+        "me/texts": TEXTS,
         "me/empty-answers": {"train.jsonl": lines([{"question": "a", "answer": ""}] * 3)},
     }
     with serve(datasets) as (endpoint, requests):
@@ -105,6 +114,83 @@ def test_training_on_a_hub_data_set(hub, tmp_path):
     assert process.returncode == 0, process.stderr[-2000:]
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
+
+
+STAGE_ONE = """
+import sys
+from training import mlm
+from training.recipe import MLMRecipe, load_recipe
+
+def trained(output, resume, *overrides):
+    recipe = load_recipe(MLMRecipe, "training/recipes/tiny-mlm.yaml", [f"output_dir={output}", *overrides])
+    return mlm.train(recipe, resume=resume)
+
+if __name__ == "__main__":
+    folder, *overrides = sys.argv[1:]
+    trained(f"{folder}/whole", None, *overrides)
+    trained(f"{folder}/half", f"{folder}/whole/checkpoint-2", *overrides)
+    trained(f"{folder}/local", None, *overrides, "sources=[{name: web, path: 'train-*.jsonl', heldout_share: 0.2}]")
+"""
+
+
+def test_stage_one_resumes_on_a_stream_with_a_held_out_share(hub, tmp_path):
+    """Two workers, bit for bit; and the stream trains as the same files on disk do."""
+    environment, requests = hub
+    for part in range(2):
+        (tmp_path / f"train-{part}.jsonl").write_bytes(TEXTS[f"data/train-{part}.jsonl"])
+    (tmp_path / "program.py").write_text(STAGE_ONE)
+    process = python(
+        [
+            str(tmp_path / "program.py"), str(tmp_path), f"tokenizer={SHIPPED}", f"data_dir={tmp_path}",
+            "sources=[{name: web, hub: me/texts, heldout_share: 0.2}]", "heldout=[]", "heldout_sequences=16",
+            "model={vocab_size: 30528, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, "
+            "intermediate_size: 24, hidden_dropout_prob: 0.1}", "max_length=16", "shuffle_buffer=10",
+            "training.max_steps=4", "training.save_steps=2", "training.per_device_train_batch_size=8",
+            "training.logging_steps=1", "training.warmup_steps=1", "training.learning_rate=0.01",
+            "training.dataloader_num_workers=2", "training.disable_tqdm=true", "training.use_cpu=true",
+        ],
+        {**environment, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-2000:]
+    whole, half, local = (load_file(tmp_path / run / "final/model.safetensors") for run in ("whole", "half", "local"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(half[name], tensor, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(local[name], tensor, rtol=0, atol=0, msg=name)
+    logs = [
+        [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        for run in ("whole", "half", "local")
+    ]
+    assert [[entry["step"] for entry in log if "loss" in entry] for log in logs] == [
+        [1, 2, 3, 4],
+        [3, 4],
+        [1, 2, 3, 4],
+    ]
+    assert len({next(e["eval_loss"] for e in log if "eval_loss" in e) for log in logs}) == 1
+    assert next(e["eval_masked_tokens"] for e in logs[0] if "eval_masked_tokens" in e) > 16
+    assert all(any(f"train-{part}.jsonl" in request for request in requests) for part in range(2))
+
+
+def test_the_anchors_of_a_hub_data_set_are_held_out_as_those_of_the_file(hub, tmp_path):
+    environment, _ = hub
+    (tmp_path / "numbers.jsonl").write_bytes(lines(ROWS))
+    program = """
+import sys
+from training.pair_sources import load_sources, split_heldout
+from training.recipe import ContrastiveRecipe, Source
+sides = []
+for place in ({"hub": "me/pairs"}, {"path": "numbers.jsonl"}):
+    source = Source(name="numbers", anchor="question", positive="answer", heldout_share=0.2, **place)
+    recipe = ContrastiveRecipe(sources=[source], data_dir=sys.argv[1])
+    sides.append([side["numbers"].to_list() for side in split_heldout(load_sources(recipe), recipe)])
+assert sides[0] == sides[1]
+training, heldout = ({row["anchor"] for row in side} for side in sides[0])
+print(len(training), len(heldout), len(training | heldout))
+"""
+    process = python(["-c", program, str(tmp_path)], environment)
+    assert process.returncode == 0, process.stderr[-2000:]
+    training, heldout, both = map(int, process.stdout.split()[-3:])
+    assert training + heldout == both == 200
+    assert 20 < heldout < 60
 
 
 WRONG = {

