@@ -21,6 +21,7 @@ from training.contrastive import load_model
 from training.losses import build_loss
 from training.packing import Reader
 from training.pair_evaluation import retrieval_set
+from training.pair_filters import pair_key
 from training.pair_sampling import ProcessBatches, SourceBatches
 from training.pair_sources import load_sources, split_heldout
 from training.recipe import ContrastiveRecipe, RecipeError, Source
@@ -175,6 +176,23 @@ def test_a_source_without_negatives_has_random_ones_that_are_no_positive_of_the_
         assert {row[f"negative_{i}"] for i in range(1, 13)} == others
 
 
+def test_copies_in_other_case_and_whitespace_are_no_pair_and_no_negatives(folder, tmp_path):
+    negatives = ["ANSWER  0", "question 0 ", "Wrong", " wrong", "other"]
+    rows = [{"query": "Question 0", "positive": "Answer 0", "negatives": negatives}]
+    rows += [{"query": "question  0", "positive": f"Answer {i}", "negatives": []} for i in (1, 2)]
+    rows += [{"query": "Same", "positive": "same\n", "negatives": []}]
+    rows += [{"query": f"q{i}", "positive": f"filler {i}", "negatives": []} for i in range(4)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sources = [Source(name="mine", path="mine.jsonl")]
+    changes = {"data_dir": str(tmp_path), "sources": sources, "fill_negatives": "random"}
+    loaded = load_sources(recipe(folder, num_negatives=4, **changes))["mine"]
+    assert len(loaded) == 7
+    found = [[row[f"negative_{i}"] for i in range(1, 5)] for row in loaded]
+    assert found[0][:2] == ["Wrong", "other"]
+    for random in (found[0][2:], *found[1:3]):  # no answer to a question that is the same in another case
+        assert set(random) <= {f"filler {i}" for i in range(4)}
+
+
 def texts_of(dataset, rows) -> list[str]:
     return [text for row in rows for text in dataset[row].values()]
 
@@ -226,6 +244,18 @@ def test_negatives_may_be_shared_but_are_no_other_rows_anchor_or_positive():
         assert set(once).isdisjoint(negatives)
         shared += len(negatives) - len(set(negatives))
     assert shared > 100
+
+
+def test_texts_that_differ_in_case_and_whitespace_alone_are_one_as_in_the_preparation():
+    rows = [{"anchor": f"Question  {i}", "positive": f"Answer {i}\n"} for i in range(8)]
+    rows += [{"anchor": f"question {i} ", "positive": f"other answer {i}"} for i in range(8)]
+    rows += [{"anchor": f"other question {i}", "positive": f"ANSWER {i}"} for i in range(8)]
+    batches, copies = SourceBatches({"a": Dataset.from_list(rows)}, {"a": 1.0}, size=8, seed=3), 0
+    for drawn in itertools.islice(batches, 30):
+        keys = [pair_key(rows[row]["anchor"], rows[row]["positive"]).split("\n") for row in drawn.rows]
+        assert len(set(itertools.chain(*keys))) == 16
+        copies += sum(row < 8 for row in drawn.rows)
+    assert copies > 0
 
 
 def test_a_pass_reads_every_row_once_in_an_order_of_its_own():

@@ -1,9 +1,10 @@
 """Which rows make the batches of stages II and III.
 
 Laws: a batch, over all processes together, has rows of one source, and no anchor or positive of a row stands a second
-time in it, in whatever column (it would be a false negative of its own row). Hard negatives may: one that several rows
-share is a negative of all of them. Its source is drawn with probability size times weight. Batches are a function of
-the seed alone, and who has the place of a batch goes on from it without reading what came before.
+time in it, in whatever column, case or whitespace (it would be a false negative of its own row). Hard negatives may:
+one that several rows share is a negative of all of them. Its source is drawn with probability size times weight.
+Batches are a function of the seed alone, and who has the place of a batch goes on from it without reading what came
+before.
 
 A source is read in passes, each in a random order of its own. A row that would break that is kept for the
 next batches; what is left of a pass and makes no batch is left out of this pass.
@@ -20,6 +21,7 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from .mining_texts import normalised
 from .packing import Reader
 from .recipe import RecipeError
 
@@ -156,7 +158,8 @@ class _Batch:
         self._negatives: set[str] = set()
 
     def add(self, rows: Sequence[int], texts: Sequence[tuple[str, ...]]):
-        for row, (anchor, positive, *negatives) in zip(rows, texts, strict=True):
+        for row, columns in zip(rows, texts, strict=True):
+            anchor, positive, *negatives = map(normalised, columns)
             once = {anchor, positive}
             clash = once & self._matching or once & self._negatives or not self._matching.isdisjoint(negatives)
             if self.missing and not clash:

@@ -19,7 +19,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset_builder
 from datasets.fingerprint import Hasher
 
-from .mining_texts import Texts, text_hashes
+from .mining_texts import Texts, normalised, text_hashes
 from .recipe import ContrastiveRecipe, RecipeError, Source
 from .source_files import check_columns, check_files, open_source, readable, reading
 from .sources import is_heldout
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 D = TypeVar("D", Dataset, IterableDataset)
 
-_VERSION = 1
+_VERSION = 2
 """Of what is made of rows here; another one finds nothing of this one's in the cache."""
 
 
@@ -160,7 +160,7 @@ def _pairs(dataset: D, source: Source, recipe: ContrastiveRecipe) -> D:
 
 
 class _Pairs:
-    """Whether a row has two different texts; what is something else than text is an error."""
+    """Whether a row has two texts that differ in more than case and whitespace; what is no text is an error."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -174,7 +174,7 @@ class _Pairs:
                     f"source {self.source.name}: {column!r} of row {index} is {text!r} "
                     f"({type(text).__name__}), not a text."
                 )
-            texts.append((text or "").strip())
+            texts.append(normalised(text or ""))
         return all(texts) and texts[0] != texts[1]
 
 
@@ -200,25 +200,28 @@ class _Negatives:
     @cached_property
     def _anchors(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows in the order of their anchors' hashes, and these hashes."""
-        hashes = Texts(self._dataset.select_columns(["anchor"]).rename_column("anchor", "text")).hashes()
+        anchors = Texts(self._dataset.select_columns(["anchor"]).rename_column("anchor", "text"))
+        hashes = np.concatenate([text_hashes(map(normalised, texts)) for texts in anchors.batches()])
         order = np.argsort(hashes, kind="stable")
         return order, hashes[order]
 
     def _matching(self, anchor: str, positive: str) -> set[str]:
-        """The anchor and its positives: it may have several, each in a row of its own."""
+        """The anchor and its positives, normalised: it may have several, each in a row of its own."""
         order, hashes = self._anchors
-        start, stop = (np.searchsorted(hashes, text_hashes([anchor]), side) for side in ("left", "right"))
+        start, stop = (np.searchsorted(hashes, text_hashes([normalised(anchor)]), side) for side in ("left", "right"))
         rows = order[start[0] : stop[0]]
-        return {anchor, *(self._positives.take(rows) if len(rows) > 1 else [positive])}
+        return set(map(normalised, [anchor, *(self._positives.take(rows) if len(rows) > 1 else [positive])]))
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, str]:
         given = [text for name in self.columns for text in _as_list(row[name])]
         if not all(isinstance(text, str) for text in given):
             raise RecipeError(f"source {self.name}: {self.pattern!r} of row {index} holds something else than text.")
         matching = self._matching(row["anchor"], row["positive"])
-        # A dictionary keeps the order, and each text once.
-        kept = {text: None for text in given if text.strip() and text not in matching}
-        negatives = list(kept)[: self.wanted]
+        kept: dict[str, str] = {}  # keeps the order, and each text once
+        for text in given:
+            if (key := normalised(text)) and key not in matching:
+                kept.setdefault(key, text)
+        negatives = list(kept.values())[: self.wanted]
         if len(negatives) < self.wanted and self.fill == "error":
             raise RecipeError(
                 f"source {self.name}: row {index} has {len(negatives)} of {self.wanted} negatives; "
@@ -229,13 +232,13 @@ class _Negatives:
 
     def _add_random(self, negatives: list[str], matching: set[str], index: int):
         generator = np.random.default_rng([self.seed, index])
-        excluded = {*matching, *negatives}
+        excluded = {*matching, *map(normalised, negatives)}
         for _ in range(100):
             if len(negatives) == self.wanted:
                 return
             for text in self._positives.take(generator.integers(len(self._positives), size=self.wanted)):
-                if text not in excluded and len(negatives) < self.wanted:
-                    excluded.add(text)
+                if (key := normalised(text)) not in excluded and len(negatives) < self.wanted:
+                    excluded.add(key)
                     negatives.append(text)
         raise RecipeError(
             f"source {self.name}: too few different texts to fill {self.wanted} negatives of row {index}."
