@@ -52,9 +52,18 @@ def test_the_logs_of_the_shipped_model_are_drawn(tmp_path, monkeypatch, capsys):
     curves.main()
     assert capsys.readouterr().out.strip() == str(file)
     drawn = file.read_text()
-    assert drawn.count('id="axes_') == 1 + any(read_log(LOGS / "tiny-mlm.jsonl").accuracy) + 1
+    assert drawn.count('id="axes_') == 2  # one accuracy, at the end, is no curve
     for name in ("tiny-mlm", "tiny-pairs", "tiny-hard-negatives"):
         assert name in drawn
+
+
+def test_accuracies_have_a_panel(tmp_path):
+    evaluated = [{"step": n, "seconds": n, "eval_accuracy": 0.1 * n} for n in (1, 2)]
+    log = write(tmp_path / "mine" / "log.jsonl", step(1, 1, 9.0), evaluated[0], step(2, 2, 8.0), evaluated[1])
+    plot([read_log(log)], tmp_path / "curves.svg")
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert drawn.count('id="axes_') == 3
+    assert "held-out accuracy" in drawn
 
 
 WRONG = {

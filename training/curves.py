@@ -76,7 +76,7 @@ def _accuracy(entry: dict[str, Any]) -> float | None:
 
 
 def plot(runs: list[Curves], file: Path):
-    """Draws a panel each for loss, accuracy (if any run has it) and tokens.
+    """Draws a panel each for loss, accuracy (if any run has it twice) and tokens.
 
     Args:
         runs: Curves, a colour each.
@@ -91,7 +91,8 @@ def plot(runs: list[Curves], file: Path):
     except ImportError as error:
         raise ImportError('matplotlib is not installed: pip install -e ".[evaluate]".') from error
     panels = [("loss", "training loss (nats)"), ("accuracy", "held-out accuracy"), ("tokens", "tokens")]
-    panels = [(name, label) for name, label in panels if any(getattr(run, name) for run in runs)]
+    if not any(len(run.accuracy) > 1 for run in runs):
+        panels.pop(1)
     figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, run in enumerate(runs):
