@@ -69,7 +69,7 @@ for path, overrides in json.loads(sys.argv[1]):
 
 
 def test_two_processes_are_one_with_the_batch_of_both(start, tmp_path):
-    """Without negatives, whole batches; with negatives, the cached loss; and that it matters to gather."""
+    """Without negatives, whole batches; with negatives, the cached loss; Matryoshka; and that it matters to gather."""
     still = tmp_path / "still"  # no dropout: processes draw their own
     JinaBertModel.from_pretrained(start, hidden_dropout_prob=0.0).save_pretrained(still)
     for file in (*start.glob("token*"), *start.glob("*.jsonl")):
@@ -77,6 +77,8 @@ def test_two_processes_are_one_with_the_batch_of_both(start, tmp_path):
     runs = {
         "pairs": ("pairs",),
         "hard": ("hard-negatives", "mini_batch_tokens=60", "num_negatives=2"),
+        "matryoshka-pairs": ("pairs", "matryoshka_dims=[32,12]"),
+        "matryoshka-hard": ("hard-negatives", "mini_batch_tokens=60", "num_negatives=2", "matryoshka_dims=[32,12]"),
         "apart": ("pairs", "gather_across_devices=false"),
     }
     short = ("training.max_steps=3", "training.save_steps=100")
@@ -95,7 +97,7 @@ def test_two_processes_are_one_with_the_batch_of_both(start, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
-    for name in ("pairs", "hard"):
+    for name in runs.keys() - {"apart"}:
         stage, *changes = runs[name]
         double = ("training.per_device_train_batch_size=8",)
         one = contrastive.train(recipe(stage, still, tmp_path / name, *short, *changes, *double))
@@ -108,6 +110,9 @@ def test_two_processes_are_one_with_the_batch_of_both(start, tmp_path):
             if key.endswith("key.bias"):
                 continue  # no gradient but rounding, which AdamW makes a step of: the softmax does not see it
             torch.testing.assert_close(weights(one)[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+    for name in ("pairs", "hard"):  # a loss more, of the first 12 dimensions
+        plain, both = (losses(tmp_path / f"two-{run}")[1] for run in (name, f"matryoshka-{name}"))
+        assert both > 1.5 * plain
     assert losses(tmp_path / "two-apart")[1] < losses(tmp_path / "two-pairs")[1] - 0.1  # half as many to tell apart
 
 
