@@ -127,7 +127,7 @@ def check_text(name: str, text: object):
 
 
 def _load_tokenizer(name_or_path: str, config: PreTrainedConfig):
-    """The tokenizer of a folder or repository.
+    """The tokenizer of a folder or, at the commit of the weights, of a repository.
 
     Raises:
         ValueError: It cannot be read, or it has no vocabulary (transformers makes one of special tokens where the
@@ -135,7 +135,8 @@ def _load_tokenizer(name_or_path: str, config: PreTrainedConfig):
     """
     try:
         # With the configuration at hand nothing asks for the trust that loading this model has already taken.
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, config=config)
+        revision = getattr(config, "_commit_hash", None)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, config=config, revision=revision)
         vocabulary = tokenizer.get_vocab()
     except Exception as error:  # tokenizers raises bare Exception
         message = " ".join(str(error).split())

@@ -364,7 +364,9 @@ def model(name, **revisions):
 
 small = model("me/small", code_revision="v1")
 assert first in type(small).__module__, type(small).__module__
-found = {"main": small.encode(texts), "v1": model("me/small", revision="v1", code_revision="v1").encode(texts)}
+v1 = model("me/small", revision="v1", code_revision="v1")
+assert v1.config._commit_hash == first != small.config._commit_hash, v1.config._commit_hash
+found = {"main": small.encode(texts), "v1": v1.encode(texts)}
 found["pull"] = model("me/small", revision="refs/pr/1").encode(texts)
 for name in ("small", "tiny"):
     sentence = SentenceTransformer(f"me/{name}", trust_remote_code=True, device="cpu")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, extract_commit_hash
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,8 @@ class PublishedCheckpointMixin(_PreTrainedModel):
         Takes both published layouts, with or without the `bert.` prefix, .safetensors or .bin, whatever dtype is
         stored (the weights are cast to the dtype that config.json names, float32 in the released models, unless
         `dtype` is given). A pooler or task head that the checkpoint lacks as a whole is new and logged as such; for
-        `JinaBertModel` a missing pooler is left out.
+        `JinaBertModel` a missing pooler is left out. `config._commit_hash` is the commit of a Hub repository, from
+        which the tokenizer is taken too.
 
         Raises:
             ValueError: The checkpoint is no JinaBERT or damaged, lacks a tensor, or has one of another shape, of no
@@ -251,6 +252,7 @@ class PublishedCheckpointMixin(_PreTrainedModel):
         )
         _refuse_gaps(pretrained_model_name_or_path, names, info)
         _refuse_not_finite(pretrained_model_name_or_path, model)
+        model.config._commit_hash = _commit(pretrained_model_name_or_path, hub_arguments)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -298,6 +300,22 @@ class PublishedCheckpointMixin(_PreTrainedModel):
     def _has_pooler(cls, names: set[str]) -> bool:
         """Whether the model gets a pooler; only the bare encoder can do without one."""
         return True
+
+
+def _commit(name_or_path, hub_arguments: dict[str, Any]) -> str | None:
+    """The commit of a repository that was loaded, as its cache says; None for a folder."""
+    if os.path.isdir(name_or_path):
+        return None
+    where = {name: value for name, value in hub_arguments.items() if name in ("cache_dir", "revision", "subfolder")}
+    found = cached_file(
+        name_or_path,
+        "config.json",
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **where,
+    )
+    return extract_commit_hash(found, None)
 
 
 def _log_prefix(names: set[str], prefix: str, *, is_base_model: bool):
