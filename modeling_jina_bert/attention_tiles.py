@@ -17,7 +17,9 @@ from .sparsity import LOCAL, least_window, record_scores, window_bound
 SPARSE_LENGTH = 2048
 """Tokens from which a sequence is looked at for what can be left out."""
 BLOCK = 512
-"""Queries in a tile at least; windows of keys are whole blocks, as oneDNN keeps compiled code for every shape."""
+"""Queries in a tile at least."""
+_STEP = 128
+"""Keys that a window grows by at least; wider ones in four steps an octave: oneDNN keeps code for every shape."""
 _WORTHWHILE = 0.9
 """Share of a head's scores from which it is computed whole."""
 _LOCAL_SCORES = 2**22
@@ -169,8 +171,11 @@ def _merge(reach: list[int], extent: int) -> Iterator[tuple[int, int, int, int]]
         if block + per_tile >= len(reach):
             last = extent  # with the filler
         window = max(reach[block : block + per_tile])
-        start, stop = first - window, last + window
-        yield first, last, max(0, start - start % BLOCK), min(extent, stop + -stop % BLOCK)
+        start, stop = max(0, first - window), min(extent, last + window)
+        step = max(_STEP, 2 ** ((stop - start).bit_length() - 3))
+        width = min(extent, stop - start + -(stop - start) % step)
+        start = min(start, extent - width)
+        yield first, last, start, start + width
 
 
 def _slices(heads: list[int]) -> Iterator[slice]:
