@@ -143,22 +143,20 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
     names = {dtype: name for name, dtype in DTYPES.items()}
     return {
         name: StoredTensor(file, tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)))
-        for name, tensor in load_pickle(path, "meta").items()
+        for name, tensor in load_pickle(path).items()
     }
 
 
-def load_pickle(path: str | os.PathLike, device: str) -> dict[str, torch.Tensor]:
+def load_pickle(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """A .bin file through torch's restricted unpickler, which builds tensors and containers and calls nothing else.
 
-    Args:
-        path: The file.
-        device: "cpu", or "meta" for shapes and dtypes alone.
+    The file is mapped, not read. TRAP: on "meta" a tensor that reaches beyond its storage would be no error.
 
     Raises:
         ValueError: It is cut off or malformed, or holds something other than named tensors.
     """
     try:
-        tensors = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a malformed pickle makes of itself
         raise ValueError(f"{path} is not a whole PyTorch file of tensors: {_one_line(error)}.") from None
     if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):

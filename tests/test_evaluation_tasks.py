@@ -23,7 +23,7 @@ PAIR = {"sentence1": "a", "sentence2": "b"}
 class Vectors:
     """A system whose vectors follow from the number in a text: three clouds that overlap."""
 
-    name, settings = "vectors", {"kind": "test"}
+    name, settings, placed = "vectors", {"kind": "test"}, {}
 
     def __init__(self):
         self.embedded: list[list[str]] = []

@@ -109,7 +109,7 @@ def read_tensors(folder: Path, stored: dict[str, StoredTensor]) -> Iterator[tupl
                 get = source.get_tensor
             else:
                 with _folder_error():
-                    get = load_pickle(folder / file, "cpu").__getitem__
+                    get = load_pickle(folder / file).__getitem__
             for name in names:
                 yield name, get(name)
 
