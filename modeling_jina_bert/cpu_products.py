@@ -57,18 +57,19 @@ class _Layout:
         ):
             origin[source[real]] = rows[real]
 
-    def take(self, packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """``packed[rows]`` of `(tokens, heads, head_dim)`, stored head by head: a sequence in a head is one matrix."""
-        taken = packed.flatten(1).index_select(0, rows).unflatten(1, packed.shape[1:])
-        return taken.transpose(0, 1).contiguous().transpose(0, 1)
-
     def put(self, rows: torch.Tensor, *, reverse: bool) -> torch.Tensor:
-        """The way back of `take`, by `reverse` or by `forward`: `(tokens, heads, head_dim)`, contiguous.
+        """The way back of `_take`, by `reverse` or by `forward`: `(tokens, heads, head_dim)`, contiguous.
 
         Packed rows that belong to no sequence get the numbers of some other row.
         """
         origin = self._origins[reverse]
         return rows.contiguous().flatten(1).index_select(0, origin).unflatten(1, rows.shape[1:])
+
+
+def _take(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``packed[rows]`` of `(tokens, heads, head_dim)`, stored head by head: a sequence in a head is one matrix."""
+    taken = packed.flatten(1).index_select(0, rows).unflatten(1, packed.shape[1:])
+    return taken.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @functools.lru_cache(maxsize=1)  # the layers of a model ask for the same one after the other
@@ -143,15 +144,20 @@ def _powers_of_two(count: int, most: int) -> Iterator[slice]:
         first += size
 
 
-def products(query, key, value, slopes, cu_seqlens, *, scaling: float, sparse: bool) -> torch.Tensor:
-    """The context `(tokens, heads, head_dim)`; arguments as of `cpu_attention.alibi_attention`."""
+def _prepare(query, key, slopes, cu_seqlens, *, scaling: float, sparse: bool) -> tuple[_Layout, _Products]:
+    """Where the rows of a batch go, and the products of its tiles; arguments as of `cpu_attention.alibi_attention`."""
     layout = _layout(tuple(cu_seqlens.diff().tolist()), len(query))
     plan = Plan(query, key, slopes, layout.sequences, layout.extents, scaling=scaling, sparse=sparse)
-    work = _Products(plan, query.dtype, scaling)
-    query = layout.take(query, layout.reverse)
-    key, value = (layout.take(x, layout.forward) for x in (key, value))
+    return layout, _Products(plan, query.dtype, scaling)
+
+
+def products(query, key, value, slopes, cu_seqlens, *, scaling: float, sparse: bool) -> torch.Tensor:
+    """The context `(tokens, heads, head_dim)`; arguments as of `cpu_attention.alibi_attention`."""
+    layout, work = _prepare(query, key, slopes, cu_seqlens, scaling=scaling, sparse=sparse)
+    query = _take(query, layout.reverse)
+    key, value = (_take(x, layout.forward) for x in (key, value))
     context = torch.empty_like(query)
-    for tile in plan.tiles():
+    for tile in work.plan.tiles():
         for probabilities, _, (_, out), (_, values) in work.pieces(tile, (query, context), (key, value)):
             torch.bmm(probabilities, values, out=out)
     return layout.put(context, reverse=True)
@@ -164,16 +170,14 @@ def product_gradients(
 
     The probabilities are computed again. Shares of several pieces in a key or value are added in float32.
     """
-    layout = _layout(tuple(cu_seqlens.diff().tolist()), len(query))
-    plan = Plan(query, key, slopes, layout.sequences, layout.extents, scaling=scaling, sparse=sparse)
-    work = _Products(plan, query.dtype, scaling)
+    layout, work = _prepare(query, key, slopes, cu_seqlens, scaling=scaling, sparse=sparse)
     dtype = query.dtype
-    gradient, query = (layout.take(x, layout.reverse) for x in (gradient, query))
+    gradient, query = (_take(x, layout.reverse) for x in (gradient, query))
     gradient[layout.filler] = 0
-    key, value = (layout.take(x, layout.forward) for x in (key, value))
+    key, value = (_take(x, layout.forward) for x in (key, value))
     of_query = torch.empty_like(query)
     of_key, of_value = (torch.zeros_like(x, dtype=slopes.dtype) for x in (key, value))
-    for tile in plan.tiles():
+    for tile in work.plan.tiles():
         left, right = (query, gradient, of_query), (key, value, of_key, of_value)
         for probabilities, buffer, (q, g, of_q), (k, v, of_k, of_v) in work.pieces(tile, left, right):
             of_v += torch.bmm(probabilities.mT, g)

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cards import CARD
 from cli_runs import in_a_folder, refuse, run, succeed  # noqa: F401  pytest finds the fixture by name
 from conftest import GOLDEN
 from hub_login import WRITE, logged_in_hub  # noqa: F401  pytest finds the fixture by name
@@ -19,19 +20,6 @@ from hub_repo.folders.checkpoint_files import stored_tensors
 from hub_repo.model_card import check_card
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own calls
-CARD = """---
-language: en
-license: apache-2.0
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-  - jina_bert
----
-
-# Small
-
-A random model.
-"""
 RECORDS = [{"model": "ours", "set": "STSB", "metrics": {"spearman": 0.5}, "sizes": {"pairs": 9}}]
 
 

@@ -6,23 +6,10 @@ import re
 import shlex
 
 import pytest
+from cards import CARD
 from conftest import REPOSITORY, SHIPPED
 
 from hub_repo.model_card import TABLE_BEGIN, TABLE_END, check_card, evaluation_results, fill_card, main, results_table
-
-CARD = """---
-language: en
-license: apache-2.0
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-  - jina_bert
----
-
-# Small
-
-A random model.
-"""
 
 
 @pytest.mark.parametrize(

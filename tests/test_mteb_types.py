@@ -36,11 +36,8 @@ def in_memory(name, dataset):
     return task
 
 
-def test_split(**columns):
+def as_test_split(**columns):
     return DatasetDict({"test": Dataset.from_dict(columns)})
-
-
-test_split.__test__ = False
 
 
 def candidates(number):
@@ -70,10 +67,10 @@ def tasks_of_every_type():
     labels = [[row["source"] for row in TEXTS[start::2]] for start in (0, 1)]
     return [
         in_memory("Banking77Classification", classes()),
-        in_memory("TwentyNewsgroupsClustering", test_split(sentences=rows, labels=labels)),
+        in_memory("TwentyNewsgroupsClustering", as_test_split(sentences=rows, labels=labels)),
         in_memory(
             "TwitterSemEval2015",
-            test_split(
+            as_test_split(
                 sentence1=QUERIES * 2, sentence2=ANSWERS + ANSWERS[1:] + ANSWERS[:1], labels=[1] * count + [0] * count
             ),
         ),
@@ -81,11 +78,11 @@ def tasks_of_every_type():
         in_memory("SciFact", {"default": {"test": {**retrieval, "top_ranked": None}}}),
         in_memory(
             "STSBenchmark",
-            test_split(sentence1=QUERIES, sentence2=ANSWERS[1:] + ANSWERS[:1], score=[i % 6 for i in range(count)]),
+            as_test_split(sentence1=QUERIES, sentence2=ANSWERS[1:] + ANSWERS[:1], score=[i % 6 for i in range(count)]),
         ),
         in_memory(
             "SummEval",
-            test_split(
+            as_test_split(
                 text=ANSWERS[:6],
                 human_summaries=[QUERIES[i : i + 2] for i in range(6)],
                 machine_summaries=[ANSWERS[i : i + 5] for i in range(6)],
@@ -194,7 +191,7 @@ def test_sets_of_a_task_with_splits_and_with_subsets():
     ]
 
     subsets = {"title and abstract": ANSWERS[:10], "title": QUERIES[:10]}
-    rows = {name: test_split(sentences=texts, labels=labels) for name, texts in subsets.items()}
+    rows = {name: as_test_split(sentences=texts, labels=labels) for name, texts in subsets.items()}
     found = sets_of(in_memory("ClusTREC-Covid", rows))
     assert [(dataset.name, dataset.texts) for dataset in found] == [
         (f"ClusTREC-Covid:{name}", texts) for name, texts in subsets.items()

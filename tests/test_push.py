@@ -17,6 +17,7 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from cards import CARD
 from conftest import REPOSITORY, SHIPPED, STRANGER_PROLOGUE, tiny_config
 from hub_login import OTHER, READ, WRITE, logged_in_hub  # noqa: F401  pytest finds the fixture by name
 from hub_state import Blob, Fault
@@ -28,19 +29,6 @@ from hub_repo.push import PushError, Retries, describe, main, push
 from modeling_jina_bert import JinaBertModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own calls
-CARD = """---
-language: en
-license: apache-2.0
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-  - jina_bert
----
-
-# Small
-
-A random model.
-"""
 
 
 @pytest.fixture(scope="module")
