@@ -85,3 +85,16 @@ def test_minilm_reads_256_tokens_and_not_the_128_of_its_tokenizer():
     )
     np.testing.assert_allclose(whole, same, atol=1e-5)  # beyond 254 words
     assert whole @ other < 0.999
+
+
+def test_a_teacher_in_bfloat16_is_another_one_and_gives_nearly_the_same(models, tmp_path):
+    texts = [pair["positive"] for pair in PAIRS[:8]]
+    options = {"folder": tmp_path, "dtype": "float16", "shard_rows": 8}
+    exact, fast = (
+        load_embedder(models["first"], max_length=16, batch_size=4, device="cpu", bf16=bf16) for bf16 in (False, True)
+    )
+    wide, narrow = (embed(e, Texts.of(texts), "document", **options).take(np.arange(8)) for e in (exact, fast))
+    assert len(list(tmp_path.glob("document-*"))) == 2  # neither takes the other's vectors
+    assert not np.array_equal(wide, narrow)
+    assert ((wide * narrow).sum(axis=1) > 0.999).all()
+    np.testing.assert_allclose(np.linalg.norm(fast.embed(texts, "document"), axis=1), 1, rtol=1e-5)

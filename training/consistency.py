@@ -35,10 +35,10 @@ _TOLERANCE = 1e-5  # the same text in another batch has another vector by 1e-7
 
 
 @functools.cache
-def _teacher(name: str, max_length: int | None, batch_size: int, device: str | None) -> "Embedder":
+def _teacher(name: str, max_length: int | None, batch_size: int, device: str | None, bf16: bool) -> "Embedder":
     from .embedding_shards import load_embedder
 
-    return load_embedder(name, max_length=max_length, batch_size=batch_size, device=device)
+    return load_embedder(name, max_length=max_length, batch_size=batch_size, device=device, bf16=bf16)
 
 
 def load_teacher(consistency: Consistency) -> "Embedder | KeptEmbedder":
@@ -47,7 +47,9 @@ def load_teacher(consistency: Consistency) -> "Embedder | KeptEmbedder":
     Raises:
         RecipeError: It cannot be loaded, or has no positions for `max_length` tokens.
     """
-    teacher = _teacher(consistency.teacher, consistency.max_length, consistency.batch_size, consistency.device)
+    teacher = _teacher(
+        consistency.teacher, consistency.max_length, consistency.batch_size, consistency.device, consistency.bf16
+    )
     if consistency.cache_dir is None:
         return teacher
     from .embedding_shards import KeptEmbedder

@@ -46,6 +46,7 @@ class DistillationRecipe(ContrastiveRecipe):
     Attributes:
         teacher: Folder, Hub name, or "all-MiniLM-L6-v2" from its PyPI package.
         teacher_max_length: Tokens the teacher cuts a text at; None keeps its own limit.
+        teacher_bf16: Whether the teacher multiplies in bfloat16 (autocast); `training.bf16` is the student's.
         cache_dir: Folder of the teacher's vectors.
         vector_weight: Of `vector_loss`, which is added to `distillation_loss`; 0 is that alone.
         word_embeddings: Whether to begin with the teacher's word embeddings, see `take_word_embeddings`.
@@ -53,6 +54,7 @@ class DistillationRecipe(ContrastiveRecipe):
 
     teacher: str = MISSING
     teacher_max_length: int | None = None
+    teacher_bf16: bool = False
     cache_dir: str = "runs/teacher-vectors"
     vector_weight: float = 0.0
     word_embeddings: bool = False
@@ -194,7 +196,10 @@ def distillation(
     if not recipe.bidirectional:
         raise RecipeError("bidirectional=false: distillation has both directions.")
     embedder = load_embedder(
-        recipe.teacher, max_length=recipe.teacher_max_length, batch_size=arguments.per_device_eval_batch_size
+        recipe.teacher,
+        max_length=recipe.teacher_max_length,
+        batch_size=arguments.per_device_eval_batch_size,
+        bf16=recipe.teacher_bf16,
     )
     if recipe.word_embeddings:
         take_word_embeddings(model, embedder.model)

@@ -127,11 +127,12 @@ class VectorStore:
 
 @dataclass
 class Embedder:
-    """A sentence-transformers model with what its vectors depend on."""
+    """A sentence-transformers model with what its vectors depend on; `bf16` multiplies in bfloat16 (autocast)."""
 
     name: str
     model: "SentenceTransformer"
     batch_size: int = 32
+    bf16: bool = False
 
     def identity(self, role: str) -> dict[str, Any]:
         """What a vector depends on beside its text, as JSON: weights, vocabulary, modules, length, role, prompt."""
@@ -149,6 +150,7 @@ class Embedder:
             "max_length": self.model.max_seq_length,
             "role": role,
             "prompt": (self.model.prompts or {}).get(role, ""),
+            **({"autocast": "bfloat16"} if self.bf16 else {}),
         }
 
     def embed(self, texts: list[str], role: str) -> np.ndarray:
@@ -157,8 +159,11 @@ class Embedder:
         Raises:
             RecipeError: A vector with NaN or infinity.
         """
+        import torch
+
         encode = self.model.encode_query if role == "query" else self.model.encode_document
-        vectors = encode(texts, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            vectors = encode(texts, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False)
         finite = np.isfinite(vectors).all(axis=1)
         if not finite.all():
             raise RecipeError(
@@ -191,7 +196,9 @@ class KeptEmbedder:
         return vectors.take(np.arange(len(texts)))
 
 
-def load_embedder(name: str, *, max_length: int | None, batch_size: int, device: str | None = None) -> Embedder:
+def load_embedder(
+    name: str, *, max_length: int | None, batch_size: int, device: str | None = None, bf16: bool = False
+) -> Embedder:
     """A model by name.
 
     Args:
@@ -199,6 +206,7 @@ def load_embedder(name: str, *, max_length: int | None, batch_size: int, device:
         max_length: Tokens a text is cut at; None keeps the model's own limit.
         batch_size: Texts in a batch.
         device: None chooses.
+        bf16: Whether it multiplies in bfloat16: faster where the processor does (AVX512-BF16, AMX, GPUs).
 
     Raises:
         RecipeError: It cannot be loaded, or has no positions for `max_length` tokens.
@@ -219,7 +227,7 @@ def load_embedder(name: str, *, max_length: int | None, batch_size: int, device:
         if tables and max_length > min(tables):
             raise RecipeError(f"model {name}: max_length={max_length}, but it has {min(tables)} positions.")
         model.max_seq_length = max_length
-    return Embedder(name, model, batch_size)
+    return Embedder(name, model, batch_size, bf16)
 
 
 def embed(embedder: Embedder, texts: Texts, role: str, *, folder: Path, dtype: str, shard_rows: int) -> Vectors:

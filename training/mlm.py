@@ -27,6 +27,7 @@ from transformers import (
 from modeling_jina_bert import JinaBertConfig, JinaBertForMaskedLM
 from modeling_jina_bert.masking import IGNORED
 
+from .bert_start import load_bert, start_from
 from .control import SparseBertForMaskedLM
 from .heap import HeapTrimmer
 from .masking import WholeWordMaskingCollator
@@ -40,6 +41,8 @@ _ARCHITECTURES: dict[str, tuple[type, type]] = {
     "jina_bert": (JinaBertConfig, JinaBertForMaskedLM),
     "bert": (BertConfig, SparseBertForMaskedLM),  # the control: learned absolute positions
 }
+_FITTED_SEQUENCES = 64
+"""Sequences that the gates are fitted to where a JinaBERT begins with a BERT."""
 
 
 def build_model(recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -185,6 +188,9 @@ def build_trainer(recipe: MLMRecipe, arguments: TrainingArguments, checkpoint: s
     tokenizer.model_max_length = max(tokenizer.model_max_length, 8192)  # of the saved tokenizer
     model = build_model(recipe, tokenizer)
     check_checkpoint(checkpoint, model.config)
+    if recipe.initial_bert is not None and checkpoint is None:
+        rows = itertools.islice(sequences(recipe, recipe.sources, tokenizer), _FITTED_SEQUENCES)
+        start_from(model, load_bert(recipe.initial_bert), [list(row["input_ids"]) for row in rows])
     collator = WholeWordMaskingCollator(tokenizer, recipe.mlm_probability, arguments.seed)
     batches, total = training_batches(recipe, collator, arguments, checkpoint)
     trainer = MLMTrainer(

