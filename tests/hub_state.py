@@ -113,6 +113,8 @@ class Hub:
     served: Counter[str] = field(default_factory=Counter)  # bytes that were sent of the content of a path
     page_size: int = 10  # entries of a tree
     part_size: int | None = None  # bytes of a part of an LFS upload; None is one piece
+    xet_store: str | None = None  # folder of Xet's chunks; None: a Hub without Xet
+    xet_hashes: dict[str, str] = field(default_factory=dict)  # sha256 of a file -> its Xet hash, which its shards say
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property

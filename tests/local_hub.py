@@ -1,18 +1,22 @@
 """A Hub on the loopback interface: real HTTP, kept in memory, with faults on demand.
 
-Speaks what huggingface_hub (without Xet) sends to create, read, write, tag and load model repositories. Laws: a token
-decides what may be seen and done; a request is read and checked whole before anything changes, and changes under one
-lock, so a refused or broken one leaves every ref as it was; a page that is not known is recorded in `unknown`.
+Speaks what huggingface_hub sends to create, read, write, tag and load model repositories, over LFS or Xet (whose store
+of chunks is a folder that hf_xet itself reads and writes). Laws: a token decides what may be seen and done; a request
+is read and checked whole before anything changes, and changes under one lock, so a refused or broken one leaves every
+ref as it was; a page that is not known is recorded in `unknown`.
 """
 
 import base64
 import fnmatch
 import hashlib
 import json
+import os
 import re
 import socket
 import struct
+import tempfile
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -224,6 +228,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
         if blob.lfs:
             headers |= {"X-Linked-Etag": f'"{blob.oid}"', "X-Linked-Size": str(size)}
+            if self.hub.xet_store is not None and blob.oid in self.hub.xet_hashes:
+                page = f"{self.base}/api/models/{repo_id}/xet-read-token/{commit.oid}"
+                headers |= {"X-Xet-Hash": self.hub.xet_hashes[blob.oid], "Link": f'<{page}>; rel="xet-auth"'}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked is None:
             self.hub.served[path] += size if self.command == "GET" else 0
@@ -292,6 +299,37 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "object not found")
         self._send({})
 
+    # Xet. The chunks go past the server, between hf_xet and the store that the server names.
+
+    def xet_token(self, body, repo_id, kind, revision):
+        if kind == "write":
+            self._writable(repo_id, by_anybody="create_pr" in self.query)
+        else:
+            self._repo(repo_id)
+        if self.hub.xet_store is None:
+            raise Refusal(404, "this Hub has no Xet")
+        store, expires = f"local://{self.hub.xet_store}", int(time.time()) + 3600
+        headers = {"X-Xet-Cas-Url": store, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(expires)}
+        self._send({"casUrl": store, "accessToken": "xet", "exp": expires}, **headers)
+
+    def _from_xet(self, oid: str, size: int, path: str) -> bytes:
+        """A file put together from the chunks in the store, as the Hub does before it takes a commit."""
+        import hf_xet
+
+        with tempfile.TemporaryDirectory() as folder:
+            target = os.path.join(folder, "file")
+            try:
+                group = hf_xet.XetSession().new_file_download_group(endpoint=f"local://{self.hub.xet_store}")
+                with group:
+                    group.start_download_file(hf_xet.XetFileInfo(self.hub.xet_hashes[oid], size), target)
+                with open(target, "rb") as file:
+                    content = file.read()
+            except (KeyError, OSError, RuntimeError) as error:
+                raise Refusal(400, f"{path} points to an object that was not uploaded ({error!r})") from error
+        if hashlib.sha256(content).hexdigest() != oid:
+            raise Refusal(400, f"the content of {path} does not have this hash")
+        return content
+
     # What moves refs.
 
     def make_commit(self, body, repo_id, revision):
@@ -329,6 +367,8 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "file":
             return value["path"], Blob(base64.b64decode(value["content"]), False)
         if kind == "lfsFile":
+            if self.hub.xet_store is not None:
+                return value["path"], Blob(self._from_xet(value["oid"], value["size"], value["path"]), True)
             if value["oid"] not in self.hub.lfs:
                 raise Refusal(400, f"LFS pointer of {value['path']} points to an object that was not uploaded")
             return value["path"], Blob(self.hub.lfs[value["oid"]], True)
@@ -376,6 +416,7 @@ _ROUTES = [
     ("PUT", "/lfs/([0-9a-f]{64})", _Handler.lfs_put),
     ("POST", "/lfs/([0-9a-f]{64})", _Handler.lfs_complete),
     ("PUT", "/lfs-part/([0-9a-f]{64})/([0-9]+)", _Handler.lfs_part),
+    ("GET", f"{_API}/xet-(read|write)-token/(.+)", _Handler.xet_token),
     ("POST", f"{_API}/commit/([^/]+)", _Handler.make_commit),
     ("POST", f"{_API}/branch/([^/]+)", _Handler.make_branch),
     ("POST", f"{_API}/tag/([^/]+)", _Handler.make_tag),

@@ -7,75 +7,32 @@ pickles and private files never leave; the token is in no output; a stranger loa
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
-import traceback
 import urllib.error
 import urllib.request
 
 import numpy as np
 import pytest
-import torch
 from cards import CARD
-from conftest import REPOSITORY, SHIPPED, STRANGER_PROLOGUE, tiny_config
+from conftest import REPOSITORY, SHIPPED, STRANGER_PROLOGUE
 from hub_login import OTHER, READ, WRITE, logged_in_hub  # noqa: F401  pytest finds the fixture by name
 from hub_state import Blob, Fault
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
+from push_runs import (  # noqa: F401  pytest finds the fixtures by name
+    contents,
+    copy_of_it,
+    exported_folder,
+    publish,
+    refusal,
+    scale_weights,
+)
 
-from hub_repo.folders.folder_files import sentence_transformers_files, write_code, write_json, write_tokenizer
-from hub_repo.push import PushError, Retries, describe, main, push
+from hub_repo.folders.folder_files import write_json
+from hub_repo.push import describe, main, push
 from modeling_jina_bert import JinaBertModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own calls
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, tokenizer):
-    """A random model of width 64 in the form that the export writes."""
-    folder = tmp_path_factory.mktemp("exported") / "small"
-    folder.mkdir()
-    torch.manual_seed(0)
-    model = JinaBertModel(tiny_config())
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = torch.float32  # stored as float16, computed in float32
-    model.config.save_pretrained(folder)
-    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(tokenizer, folder)
-    write_code(folder)
-    for name, content in sentence_transformers_files(64, 8192).items():
-        write_json(folder / name, content)
-    (folder / "README.md").write_text(CARD)
-    return folder
-
-
-@pytest.fixture
-def folder(exported, tmp_path):
-    return shutil.copytree(exported, tmp_path / "small")
-
-
-def publish(folder, repo_id="me/small", **options):
-    return push(folder, repo_id, verify=False, retries=Retries(2, 0.01), **options)
-
-
-def refusal(folder, *arguments, **options) -> str:
-    """The message of a push that fails; no traceback of it shows a token."""
-    with pytest.raises((PushError, ValueError)) as caught:
-        publish(folder, *arguments, **options)
-    shown = "".join(traceback.format_exception(caught.value))
-    assert not any(token in shown for token in (WRITE, READ, OTHER))
-    return str(caught.value)
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def scale_weights(folder, factor: float):
-    weights = {name: tensor * factor for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_one_commit_and_then_only_what_differs(hub, folder):
