@@ -8,6 +8,7 @@ the command that wrote it. A section without its file says which command makes i
 
 import argparse
 import base64
+import functools
 import html
 import json
 import sys
@@ -124,11 +125,15 @@ def _mteb(files: list[Path]) -> Rendered:
 
 
 def _masked_words(files: list[Path]) -> Rendered:
-    records = [record for file in files for record in read_records(file, ())]
-    command = "; ".join(dict.fromkeys(record["command"] for record in records if "command" in record))
-    figure = _png(lambda path: length_plot.write_plot(path, records, TRAINED_LENGTH))
-    text = length_plot.markdown(records, TRAINED_LENGTH, command=command)
-    return Rendered(text, {"Accuracy and loss by length": figure})
+    """Each file has documents of its own, and so a table and a figure of its own."""
+    pieces, figures = [], {}
+    for file in files:
+        records = read_records(file, ())
+        command = "; ".join(dict.fromkeys(record["command"] for record in records if "command" in record))
+        pieces.append(length_plot.markdown(records, TRAINED_LENGTH, command=command))
+        name = "Accuracy and loss by length" + (f" {file.stem}" if len(files) > 1 else "")
+        figures[name] = _png(functools.partial(length_plot.write_plot, records=records, trained_length=TRAINED_LENGTH))
+    return Rendered("\n\n".join(pieces), figures)
 
 
 def _glue(files: list[Path]) -> Rendered:

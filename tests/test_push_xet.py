@@ -1,6 +1,6 @@
 """Publishing to a Hub with Xet, as huggingface.co is: the real hf_xet, whose chunks go to a folder.
 
-Pins: one commit, of the files as they are; only new chunks are sent; whatever fails leaves every ref as it was, with
+Pins: one commit, of the files as they are, through Xet alone; whatever fails leaves every ref as it was, with
 one line and without the token; a stranger loads what was published.
 """
 

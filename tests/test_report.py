@@ -113,6 +113,21 @@ def test_depths_have_a_figure(tmp_path):
     assert page.count("data:image/png") == 1
 
 
+def test_masked_words_of_other_documents_have_a_table_and_a_figure_of_their_own(tmp_path):
+    (tmp_path / "results").mkdir()
+    names = ("mlm-length.json", "mlm-length-minilm.json")
+    for name in names:
+        shutil.copy(RESULTS / name, tmp_path / "results")
+    page, text = run(tmp_path / "results", tmp_path)
+    assert page.count("data:image/png") == 2
+    for name in names:
+        targets = json.loads((RESULTS / name).read_text())["records"][0]["metrics"]["targets"]
+        assert f"{targets:,} masked tokens" in text
+        assert (
+            tmp_path / "out" / "figures" / f"accuracy-and-loss-by-length-{name.removesuffix('.json')}.png"
+        ).is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("robustness.json", "{"), ("robustness.json", '{"model": 1}'), ("late-chunking.json", '{"records": [{}]}')],
