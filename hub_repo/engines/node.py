@@ -29,8 +29,8 @@ _LLAMA_PACKAGE, _JS_PACKAGE = "node-llama-cpp", "@huggingface/transformers"
 _LLAMA_TOLERANCES = {"f16": Tolerance(5e-3, 0.9998), "q8_0": Tolerance(3e-2, 0.999)}
 """GGUF type -> how far llama.cpp may be off: its GELU comes from a float16 table, and it rounds products.
 
-Measured: 8e-5 and a cosine of 0.9999999 on the shipped model; 4.4e-3 and 0.99988 on the random golden model of the second
-layout at 8,192 tokens, from a file in float32 as from one in float16.
+Measured: 8e-5 and a cosine of 0.9999999 on the shipped model; 4.4e-3 and 0.99988 on the random golden model of the
+second layout at 8,192 tokens, from a file in float32 as from one in float16.
 """
 GGUF_KINDS = tuple(_LLAMA_TOLERANCES)
 _DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}  # precision -> what transformers.js calls it
