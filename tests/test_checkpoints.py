@@ -196,7 +196,7 @@ def test_shards_are_files_of_the_folder(plain, storage):
     for name, message in (
         (f"../outside.{storage}", f"{index} names '../outside.{storage}', which is not a file name in this folder"),
         (str(plain.parent / f"outside.{storage}"), "which is not a file name in this folder"),
-        (f"other.{storage}", f"{index} names other.{storage}, which is missing"),
+        (f"other.{storage}", f"{index} names 'other.{storage}', which is missing"),
     ):
         index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, name)}))
         with pytest.raises(ValueError, match=message):

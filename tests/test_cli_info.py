@@ -137,7 +137,7 @@ def test_what_is_missing_is_said(hub, tmp_path, folder):
     (folder / "part-1.safetensors").unlink()
     publish(hub, folder, "me/shards")
     index = "me/shards/model.safetensors.index.json"
-    assert inspect_repository("me/shards").problems == (f"{index} names part-1.safetensors, which is missing.",)
+    assert inspect_repository("me/shards").problems == (f"{index} names 'part-1.safetensors', which is missing.",)
     hub.commit("me/model", {WEIGHTS: None}, title="no weights")
     assert inspect_repository("me/model").problems[0].startswith("me/model has no weights: neither")
     hub.commit("me/model", {"config.json": None}, title="nor a configuration")

@@ -15,7 +15,7 @@ import torch
 from conftest import GOLDEN, SHIPPED
 from hub_login import logged_in_hub  # noqa: F401  pytest finds the fixture by name
 from hub_state import Blob, Repo
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -207,6 +207,7 @@ def test_a_configuration_that_lies_is_not_loaded(folder, changes):
 
 @settings(FOLDER, max_examples=100)
 @given(name=NAMES)
+@example(name="\n")
 def test_no_name_is_loaded_from_outside(outside, name):
     if (outside / WEIGHTS).exists():
         (outside / WEIGHTS).rename(outside / "part.safetensors")

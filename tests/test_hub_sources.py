@@ -100,7 +100,7 @@ def test_a_repository_that_lacks_files_is_one_line(hub, folder, tmp_path, verb):
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], "../part-0.bin")
     changes = [
-        ({"part-1.bin": None}, "index.json names part-1.bin, which is missing"),
+        ({"part-1.bin": None}, "index.json names 'part-1.bin', which is missing"),
         ({INDEX: Blob(json.dumps(index).encode(), False)}, "names '../part-0.bin', which is not a file name in this"),
         ({INDEX: Blob(b"[]", False)}, "index.json lacks weight_map or metadata"),
         ({INDEX: None}, "has no weights"),

@@ -181,7 +181,7 @@ DAMAGES = {
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: cannot be read"),
     "vocabulary": (lambda f: rewrite_json(f / "config.json", vocab_size=900), "has token 999, the embedding 900 rows"),
     "shard outside": (lambda f: shard(f, "../part.safetensors"), "is not a file name in this folder"),
-    "shard missing": (lambda f: shard(f, "other.safetensors"), "names other.safetensors, which is missing"),
+    "shard missing": (lambda f: shard(f, "other.safetensors"), "names 'other.safetensors', which is missing"),
     "link": (link_out, "vocab.txt: is a link out of the folder, to /etc/passwd"),
     "loop": (lambda f: (f / "a").symlink_to("a"), "a: is a link out of the folder"),
     "pipe": (lambda f: os.mkfifo(f / "pipe"), "pipe: is neither a file nor a folder"),

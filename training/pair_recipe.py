@@ -125,7 +125,7 @@ def _check_numbers(recipe: PairRecipe):
             raise RecipeError(f"language.sure={recipe.language.sure} must be above 0 and at most 1.")
     if recipe.consistency:
         numbers = dataclasses.asdict(recipe.consistency)
-        positive |= {f"consistency.{key}": number for key, number in numbers.items() if isinstance(number, int)}
+        positive |= {f"consistency.{key}": number for key, number in numbers.items() if type(number) is int}
     for key, value in positive.items():
         if value < 1:
             raise RecipeError(f"{key}={value} must be at least 1.")

@@ -120,7 +120,7 @@ def _weight_map(folder: Path, index: str) -> dict[str, str]:
         weight_map = read_weight_map(folder / index)
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
-            raise FolderError(f"{folder / index} names {file}, which is missing.")
+            raise FolderError(f"{folder / index} names {file!r}, which is missing.")
     return weight_map
 
 

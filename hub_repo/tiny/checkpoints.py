@@ -95,7 +95,7 @@ def _shards(model_name_or_path, index: str, hub_arguments: dict[str, Any]) -> di
     for file in sorted(set(weight_map.values())):
         path = cached_file(model_name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
         if path is None:
-            raise ValueError(f"{index} names {file}, which is missing.")
+            raise ValueError(f"{index} names {file!r}, which is missing.")
         tensors |= {name: tensor for name, tensor in read_header(path).items() if weight_map.get(name) == file}
     if missing := sorted(set(weight_map) - set(tensors)):
         raise ValueError(f"{index} lists {missing[0]} in {weight_map[missing[0]]}, which does not hold it.")
