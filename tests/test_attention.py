@@ -230,7 +230,8 @@ def status(field):
 
 torch.set_num_threads(2)
 model = JinaBertModel(JinaBertConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072,
-                                     num_hidden_layers=2, initializer_range=0.05)).eval().to(getattr(torch, sys.argv[1]))
+                                     num_hidden_layers=2, initializer_range=0.05)).eval()
+model.to(getattr(torch, sys.argv[1]))
 with torch.no_grad():
     model(torch.randint(5, 30000, (1, 64)))  # whatever is allocated once
     for length in map(int, sys.argv[2:]):
