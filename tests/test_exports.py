@@ -11,12 +11,14 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, tiny_config
+from conftest import GOLDEN, REPOSITORY, tiny_config
 from safetensors.torch import load_file
 
 from hub_repo import export as export_module
@@ -354,3 +356,13 @@ def test_llama_cpp_itself(tmp_path, name):
 def test_a_missing_package_names_the_extra():
     with pytest.raises(ImportError, match=r'no_such_package is needed: pip install -e "\.\[export\]"'):
         require("no_such_package.part", "export")
+
+
+def test_openvino_does_not_call_home(tmp_path):
+    pytest.importorskip("openvino", reason=EXTRA)
+    code = (
+        "import sys; from hub_repo.formats.openvino_export import _openvino; _openvino().convert_model;"
+        "import openvino.tools.ovc.telemetry_utils as t; print(t.tm.__name__)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert process.stdout.split() == ["openvino.tools.ovc.telemetry_stub"], process.stderr

@@ -3,8 +3,10 @@
 Law: it is converted from the ONNX file, so there is one graph; inputs and output are the same.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,16 @@ TOLERANCES = {False: Tolerance(1e-5, 0.999999), True: Tolerance(2e-3, 0.9999)}
 """By whether the weights are stored as float16."""
 
 
+def _openvino() -> Any:
+    """OpenVINO without its telemetry, unless that is imported already.
+
+    TRAP: on import, and when it converts, it forks a process that calls home. Without a network that can wait for
+    ever, and it holds our output open: what reads it by a pipe waits, too.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO then takes its own stub
+    return require("openvino", "export")
+
+
 def write_openvino(source: Path, folder: Path, *, half: bool = True) -> Path:
     """Converts an ONNX file.
 
@@ -29,7 +41,7 @@ def write_openvino(source: Path, folder: Path, *, half: bool = True) -> Path:
     Returns:
         The .xml file; the weights lie beside it.
     """
-    openvino = require("openvino", "export")
+    openvino = _openvino()
     path = folder / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=half)
@@ -43,7 +55,7 @@ def openvino_engine(path: Path, threads: int | None = None) -> Run:
         path: The .xml file.
         threads: Of OpenVINO; None is its default, one a core.
     """
-    openvino = require("openvino", "export")
+    openvino = _openvino()
     settings = {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
 
