@@ -69,7 +69,8 @@ def test_the_road_at_full_size_is_one():
     )
     assert (preparation.consistency.pool, preparation.consistency.top) == (1_000_000, 2)
     prepared = {source.name: source for source in preparation.sources}
-    assert all(source.hub.startswith("sentence-transformers/") for source in prepared.values())
+    assert len(prepared) == 40
+    assert all(source.url == f"https://huggingface.co/datasets/{source.hub}" for source in prepared.values())
     folder = Path(preparation.output_dir).relative_to(pairs.data_dir)
     assert {source.name: source.path for source in pairs.sources} == {
         name: f"{folder}/pairs/{name}/*.parquet" for name in prepared
@@ -112,11 +113,11 @@ def test_near_duplicates_are_no_negatives(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(rows))
     changes = {"data_dir": str(tmp_path), "num_negatives": 2, "fill_negatives": "random"}
     found = {}
-    for kind in (SourceKind.qa, SourceKind.duplicates, SourceKind.paraphrase):
+    for kind in (SourceKind.qa, SourceKind.duplicates, SourceKind.paraphrase, SourceKind.citation):
         source = Source(name="mine", path="x.jsonl", kind=kind)
         found[kind] = load_sources(ContrastiveRecipe(sources=[source], **changes))["mine"]
     assert all(row["negative_1"].startswith("near") for row in found[SourceKind.qa])
-    for kind in (SourceKind.duplicates, SourceKind.paraphrase):
+    for kind in (SourceKind.duplicates, SourceKind.paraphrase, SourceKind.citation):
         assert all(row[f"negative_{i}"].startswith("wording") for row in found[kind] for i in (1, 2))
         mining = published("tiny-mining")
         mining.sources = [Source(name="mine", path="x.jsonl", kind=kind)]
