@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from hub_repo.formats.openvino_export import import_openvino
+
 from .graph_export import CHECK, GRAPH, QUANTIZED
 from .workloads import make_batch, padded_batches
 
@@ -67,8 +69,7 @@ def _onnxruntime(path: Path, threads: int) -> Graph:
 
 
 def _openvino(path: Path, threads: int, precision: str | None) -> Graph:
-    import openvino
-
+    openvino = import_openvino()
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     if precision is not None:
         settings["INFERENCE_PRECISION_HINT"] = precision

@@ -12,12 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .set_types import EvaluationError
+from hub_repo.embedding.zstd_reader import ZstdReader
 
-try:
-    import zstandard
-except ImportError as error:
-    raise ImportError("evaluation.rows needs: pip install -e '.[evaluate]'") from error
+from .set_types import EvaluationError
 
 SUFFIXES = (".zst", ".gz", "")  # of a file as it may be compressed
 _BLOCK = 2**16  # bytes
@@ -82,30 +79,15 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
                     yield f"{path}:{number}", text
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{path}:{number}: not UTF-8 ({error}).") from error
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())}).") from error
 
 
 def _blocks(file: BinaryIO, suffix: str) -> Iterator[bytes]:
     """The content, decompressed."""
-    if suffix == ".zst":
-        yield from _zstd_frames(file)
-    else:
-        content = gzip.open(file) if suffix == ".gz" else file
-        while block := content.read(_BLOCK):
-            yield block
-
-
-def _zstd_frames(file: BinaryIO) -> Iterator[bytes]:
-    """TRAP: zstandard's own stream_reader takes a file that was cut off for a shorter one; frames are counted here."""
-    frame, compressed = None, b""
-    while compressed := compressed or file.read(_BLOCK):
-        frame = frame or zstandard.ZstdDecompressor().decompressobj()
-        yield frame.decompress(compressed)
-        compressed = frame.unused_data if frame.eof else b""
-        frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("it ends in the middle of a zstd frame")
+    content: Any = ZstdReader(file) if suffix == ".zst" else gzip.open(file) if suffix == ".gz" else file
+    while block := content.read(_BLOCK):
+        yield block
 
 
 def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:

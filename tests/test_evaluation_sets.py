@@ -196,5 +196,5 @@ def test_a_cut_that_ends_with_a_line_is_an_error(tmp_path):
     path.write_bytes(compressor.compress(line * 128) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
     with zstandard.open(path, "rt") as lines:
         assert [json.loads(line) for line in lines]  # control: no error
-    with pytest.raises(EvaluationError, match=r"cannot be read \(it ends in the middle of a zstd frame\)"):
+    with pytest.raises(EvaluationError, match=r"cannot be read \(the file ends in the middle of a zstd frame\)"):
         list(read_rows(path, {"text": (str,)}))

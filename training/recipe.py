@@ -61,8 +61,8 @@ class Source:
         positive: Column with the matching text (stages II and III).
         negatives: Column with a hard negative or a list of them, or a pattern of columns ("negative_*") (stage III).
             None: the source has none, they are all filled as the recipe says.
-        kind: What a pair is. What is near one of `duplicates`, a `paraphrase` or a `citation` may be another of them: mining
-            refuses them, and in stage III all their negatives are random ones, whatever `negatives` says.
+        kind: What a pair is. What is near one of `duplicates`, a `paraphrase` or a `citation` may be another of them:
+            mining refuses them, and in stage III all their negatives are random ones, whatever `negatives` says.
         licence: Of the texts, in words, for reports and the model card.
         url: Public origin, for the model card.
     """

@@ -20,7 +20,7 @@ TOLERANCES = {False: Tolerance(1e-5, 0.999999), True: Tolerance(2e-3, 0.9999)}
 """By whether the weights are stored as float16."""
 
 
-def _openvino() -> Any:
+def import_openvino() -> Any:
     """OpenVINO without its telemetry, unless that is imported already.
 
     TRAP: on import, and when it converts, it forks a process that calls home. Without a network that can wait for
@@ -41,7 +41,7 @@ def write_openvino(source: Path, folder: Path, *, half: bool = True) -> Path:
     Returns:
         The .xml file; the weights lie beside it.
     """
-    openvino = _openvino()
+    openvino = import_openvino()
     path = folder / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=half)
@@ -55,7 +55,7 @@ def openvino_engine(path: Path, threads: int | None = None) -> Run:
         path: The .xml file.
         threads: Of OpenVINO; None is its default, one a core.
     """
-    openvino = _openvino()
+    openvino = import_openvino()
     settings = {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
 
