@@ -1,5 +1,8 @@
 """Vectors for hard-negative mining: a text is embedded once; what cannot be read or cannot serve is named."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from mining_data import PAIRS, random_models  # noqa: F401  pytest finds the fixtures by name
@@ -54,6 +57,40 @@ def test_a_text_is_embedded_once_for_a_model_and_length(models, tmp_path):
     other, every = embedded("second", texts)
     assert len(every) == 30
     assert not np.allclose(other.take(np.arange(30)), whole.take(np.arange(30)), atol=0.01)
+
+
+def test_processes_share_a_store(tmp_path):
+    """Two of them have met inside `embed` before either goes on: neither waits for the other's model."""
+    program = """
+import sys, time, types
+from pathlib import Path
+import numpy as np
+from training.embedding_shards import Embedder, embed
+from training.mining_texts import Texts
+
+folder, me, other = Path(sys.argv[1]), *sys.argv[2:]
+
+class Meeting(Embedder):
+    def identity(self, role):
+        return {"role": role}
+    def embed(self, texts, role):
+        (folder / me).touch()
+        limit = time.monotonic() + 60
+        while not (folder / other).exists():
+            assert time.monotonic() < limit, "the other process is kept out"
+            time.sleep(0.01)
+        return np.array([[float(text), 1] for text in texts], np.float32)
+
+texts = [str(i) for i in range(5, 25)] if me == "a" else [str(i) for i in range(20)]
+found = embed(Meeting(me, None), Texts.of(texts), "query", folder=folder / "store", dtype="float32", shard_rows=3)
+assert found.take(np.arange(len(texts)))[:, 0].tolist() == [float(text) for text in texts]
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    processes = [subprocess.Popen([*command, *names]) for names in (("a", "b"), ("b", "a"))]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    store = VectorStore(tmp_path / "store", {"role": "query"}, dtype="float32")
+    shards, shard, row = store.find(text_hashes([str(i) for i in range(25)]))
+    assert Vectors(shards, shard, row).take(np.arange(25))[:, 0].tolist() == list(range(25))
 
 
 def test_a_damaged_shard_is_named(tmp_path):

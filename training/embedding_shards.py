@@ -1,8 +1,9 @@
 """Texts embedded once, to disk: shards of vectors that a killed run, another recipe or a grown corpus finds again.
 
 Laws: a vector is found by all it depends on: the weights, vocabulary and modules of the model, the role and prompt of
-the text, the maximum length, and a hash of the text. A text that has a vector is not embedded again. A shard under its
-final name is whole, so a run that is killed loses the shard it was at.
+the text, the maximum length, and a hash of the text. A text that has a vector is not embedded again (two processes at
+the same time may both embed one, neither waits for the other). A shard under its final name is whole, so a run that is
+killed loses the shard it was at.
 COST: on disk 2 bytes a dimension (float16) and 8 bytes a text; in memory 8 bytes a text in the store, 32 a text asked
 for, and one shard of vectors.
 NOTE: texts of a batch are padded together, which moves a vector by 1e-7; the one that is kept is of the batch that the
@@ -94,27 +95,30 @@ class VectorStore:
         """The files of vectors that are whole, in order."""
         return sorted(path for path in self.folder.glob("*.npy") if path.stem.isdigit())
 
-    def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and row of each hash, `(hashes,) int64` each; -1 where there is no vector."""
-        stored = [_load(shard.with_suffix(".texts.npy")) for shard in self.shards]
+    def find(self, hashes: np.ndarray) -> tuple[list[Path], np.ndarray, np.ndarray]:
+        """`shards`, and shard and row of each hash, `(hashes,) int64` each; -1 where there is no vector."""
+        shards = self.shards
+        stored = [_load(shard.with_suffix(".texts.npy")) for shard in shards]
         sizes = [len(shard) for shard in stored]
         place = lookup(np.concatenate([np.empty(0, np.uint64), *stored]), hashes)
         starts = np.cumsum([0, *sizes])
         shard = np.where(place < 0, -1, np.searchsorted(starts, place, side="right") - 1)
-        return shard, np.where(place < 0, -1, place - starts[shard])
+        return shards, shard, np.where(place < 0, -1, place - starts[shard])
 
     def add(self, hashes: np.ndarray, vectors: np.ndarray):
         """Writes a shard: the hashes first, so that a file of vectors is never without them."""
-        if not self.shards:
-            with replacing(self.folder / "identity.json") as partial:
-                partial.write_text(json.dumps(self._identity, indent=1) + "\n", encoding="utf-8")
-        number = int(self.shards[-1].stem) + 1 if self.shards else 0
-        for name, array in ((f"{number:06d}.texts.npy", hashes), (f"{number:06d}.npy", vectors.astype(self._dtype))):
-            with replacing(self.folder / name) as partial, open(partial, "wb") as file:
-                np.save(file, array)
+        with self._alone():
+            shards = self.shards
+            if not shards:
+                with replacing(self.folder / "identity.json") as partial:
+                    partial.write_text(json.dumps(self._identity, indent=1) + "\n", encoding="utf-8")
+            name = f"{int(shards[-1].stem) + 1 if shards else 0:06d}"
+            for file, array in ((f"{name}.texts.npy", hashes), (f"{name}.npy", vectors.astype(self._dtype))):
+                with replacing(self.folder / file) as partial, open(partial, "wb") as opened:
+                    np.save(opened, array)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def _alone(self) -> Iterator[None]:
         """Waits until no other process adds to the store."""
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -240,15 +244,12 @@ def embed(embedder: Embedder, texts: Texts, role: str, *, folder: Path, dtype: s
         shard_rows: Texts of a new shard; of one shard, texts of similar length are embedded together.
     """
     store, hashes = VectorStore(folder, embedder.identity(role), dtype=dtype), texts.hashes()
-    with store.alone():
-        shard, _ = store.find(hashes)
-        missing = np.flatnonzero(shard < 0)
-        missing = missing[np.unique(hashes[missing], return_index=True)[1]]
-        missing.sort()
-        logger.info("%s: %d of %d %s texts to embed", embedder.name, len(missing), len(texts), role)
-        for start in range(0, len(missing), shard_rows):
-            ids = missing[start : start + shard_rows]
-            store.add(hashes[ids], embedder.embed(texts.take(ids), role))
-            logger.info("%s: %d of %d embedded", embedder.name, min(start + shard_rows, len(missing)), len(missing))
-        shard, row = store.find(hashes)
-        return Vectors(store.shards, shard, row)
+    missing = np.flatnonzero(store.find(hashes)[1] < 0)
+    missing = missing[np.unique(hashes[missing], return_index=True)[1]]
+    missing.sort()
+    logger.info("%s: %d of %d %s texts to embed", embedder.name, len(missing), len(texts), role)
+    for start in range(0, len(missing), shard_rows):
+        ids = missing[start : start + shard_rows]
+        store.add(hashes[ids], embedder.embed(texts.take(ids), role))
+        logger.info("%s: %d of %d embedded", embedder.name, min(start + shard_rows, len(missing)), len(missing))
+    return Vectors(*store.find(hashes))
