@@ -1,6 +1,7 @@
 """Distillation: its losses against their definitions, what is taken from a teacher, and a run that resumes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,8 +44,29 @@ def test_distillation_moves_towards_the_teacher_and_resumes(start, tmp_path, cap
     assert " 0 of 140 document texts to embed" in caplog.text
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=0, msg=name)
-    with pytest.raises(RecipeError, match="distillation has none"):
-        distilled(start, tmp_path / "other", "mini_batch_tokens=100")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["mini_batch_tokens=100"], "distillation has none"),
+        (["temperature=0"], "temperature > 0"),
+        (["vector_weight=-1"], "vector_weight >= 0"),
+        (["teacher_max_length=2"], "teacher_max_length >= 3"),
+        (["word_embeddings=true", "lora={r: 4}"], "word_embeddings=true changes the base"),
+    ],
+)
+def test_what_distillation_cannot_do_is_refused(start, tmp_path, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        distilled(start, tmp_path / "other", *changes)
+
+
+def test_distillation_runs_in_one_process(start):
+    """Each of several would embed all texts, and compare those of its own rows alone."""
+    arguments = SimpleNamespace(world_size=2, per_device_eval_batch_size=4)
+    config = recipe("distillation", start, start, f"teacher={SHIPPED}", schema=DistillationRecipe)
+    with pytest.raises(RecipeError, match="distillation runs in one process, not in 2"):
+        distillation(config, None, {}, arguments)
 
 
 def test_the_vectors_of_a_teacher_are_learnt(start, tmp_path):

@@ -86,11 +86,11 @@ def test_ivf_that_probes_all_lists_is_exact_and_one_list_is_not(tmp_path):
 
 def test_bm25_finds_words_and_says_minus_one_where_there_are_none():
     passages = Texts.of(["a red fox sleeps", "the green river", "", "red red river"])
-    search = BM25Search(Texts.of(["river", "fox red", "zebra", ""]), passages)
+    search = BM25Search(Texts.of(["river", "fox red", "zebra", ""]), passages, memory_mb=1)
     found = search.search(np.arange(4), 6)
     assert found[:, :2].tolist() == [[1, 3], [0, 3], [-1, -1], [-1, -1]]
     assert (found[:, 2:] == -1).all()
-    assert (BM25Search(Texts.of(["x"]), Texts.of(["", "."])).search(np.arange(1), 3) == -1).all()
+    assert (BM25Search(Texts.of(["x"]), Texts.of(["", "."]), memory_mb=1).search(np.arange(1), 3) == -1).all()
 
 
 def test_the_timing_searches_what_mining_searches_and_notices_an_inexact_one(tmp_path, monkeypatch, capsys):
@@ -105,3 +105,10 @@ def test_the_timing_searches_what_mining_searches_and_notices_an_inexact_one(tmp
     monkeypatch.setattr(DenseSearch, "search", lambda self, queries, k: np.zeros((len(queries), k), np.int32))
     with pytest.raises(RuntimeError, match="other results than a product of all vectors"):
         mining_timing.main()
+
+
+def test_bm25_is_refused_where_its_index_would_outgrow_the_bound():
+    passages = Texts.of(["a word " * 15_000] * 2)  # 60,000 words, 2.3 MiB
+    with pytest.raises(RecipeError, match=r"memory_mb=2 is too little for bm25 of 2 passages with 60,000 words: .*3;"):
+        BM25Search(Texts.of(["word"]), passages, memory_mb=2)
+    BM25Search(Texts.of(["word"]), passages, memory_mb=3)

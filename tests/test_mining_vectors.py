@@ -135,3 +135,29 @@ def test_a_teacher_in_bfloat16_is_another_one_and_gives_nearly_the_same(models, 
     assert not np.array_equal(wide, narrow)
     assert ((wide * narrow).sum(axis=1) > 0.999).all()
     np.testing.assert_allclose(np.linalg.norm(fast.embed(texts, "document"), axis=1), 1, rtol=1e-5)
+
+
+def test_the_prompt_of_a_vector_is_the_one_it_was_made_with(models):
+    """`encode_document` takes the first there is of document, passage and corpus; else the default."""
+    embedder = load_embedder(models["first"], max_length=8, batch_size=4, device="cpu")
+    plain = load_embedder(models["first"], max_length=8, batch_size=4, device="cpu")
+    cases = [
+        ({}, None, ""),
+        ({"corpus": "c: "}, None, "c: "),
+        ({"corpus": "c: ", "passage": "p: "}, "corpus", "p: "),
+        ({"other": "o: "}, "other", "o: "),
+        ({"document": "", "passage": "p: "}, "passage", ""),
+    ]
+    for prompts, default, prompt in cases:
+        embedder.model.prompts, embedder.model.default_prompt_name = prompts, default
+        assert embedder.identity("document")["prompt"] == prompt
+        expected = plain.embed([prompt + "a"], "document")
+        np.testing.assert_allclose(embedder.embed(["a"], "document"), expected, atol=1e-6)
+
+
+def test_a_missing_half_of_a_shard_is_named(tmp_path):
+    store = VectorStore(tmp_path, {"role": "query"}, dtype="float32")
+    store.add(text_hashes(["a"]), np.ones((1, 3)))
+    store.shards[0].with_suffix(".texts.npy").unlink()
+    with pytest.raises(RecipeError, match=r"000000.texts.npy is damaged .*; delete .*000000\*.npy, then run again"):
+        store.find(text_hashes(["a"]))

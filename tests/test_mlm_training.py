@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from transformers import BertConfig, TrainerControl, TrainerState, TrainingArgum
 from modeling_jina_bert import JinaBertConfig, JinaBertForMaskedLM
 from training import mlm
 from training.masking import WholeWordMaskingCollator
-from training.monitor import Monitor, training_flops
+from training.monitor import Monitor, device_peak, training_flops
 from training.packing import Progress, Reader, Report, Tally
 from training.recipe import MLMRecipe, RecipeError, accumulation_steps, command_line, load_recipe
 from training.run import TrainingDiverged, checkpoints, exit_on_recipe_error, is_whole, mark_whole, resume_checkpoint
@@ -57,6 +58,17 @@ def test_mfu_is_the_models_work_over_the_peak(run):
     estimate = training_flops(config, Tally(tokens // 32, tokens, tokens, tokens * 32, int(0.28 * tokens), 0))
     rate = entries[1]["tokens_per_second"] / tokens * estimate
     assert entries[1]["mfu"] == pytest.approx(rate / 1e9, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "half", "peak"),
+    [("NVIDIA H100 80GB HBM3", True, 989), ("NVIDIA H100 PCIe", True, 756), ("NVIDIA L40S", True, 362),
+     ("NVIDIA H100 80GB HBM3", False, None), ("Another GPU", True, None)],
+)  # fmt: skip
+def test_the_peak_of_a_known_gpu_needs_no_recipe(monkeypatch, name, half, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert device_peak(SimpleNamespace(device=torch.device("cuda"), bf16=half, fp16=False)) == peak
+    assert device_peak(SimpleNamespace(device=torch.device("cpu"), bf16=half, fp16=False)) is None
 
 
 @pytest.mark.parametrize("architecture", ["jina_bert", "bert"])

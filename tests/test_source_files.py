@@ -24,7 +24,7 @@ from training.pair_recipe import check as check_pairs
 from training.pair_sources import load_sources
 from training.recipe import ContrastiveRecipe, MLMRecipe, RecipeError, Source
 from training.run import exit_on_recipe_error
-from training.source_files import check_files, open_source
+from training.source_files import check_files, open_source, source_files
 from training.sources import open_sources, sequences
 
 RECIPES = REPOSITORY / "training" / "recipes"
@@ -205,3 +205,21 @@ def test_every_command_ends_with_one_line_and_status_two(tmp_path, monkeypatch, 
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     path = tmp_path / "line.jsonl.zst"
     assert errors == [f"error: source {name}: cannot be read: {path}: it ends in the middle of a zstd frame."]
+
+
+def test_a_source_is_a_file_of_that_name_or_a_pattern(tmp_path, monkeypatch):
+    folder = tmp_path / "data [1]"
+    folder.mkdir()
+    for name in ("b.jsonl", "a.jsonl", "a[b].jsonl"):
+        (folder / name).write_text("".join(LINES[:3]))
+    monkeypatch.setenv("HOME", str(folder))
+
+    def names(path: str, data_dir: str) -> list[str]:
+        return [file.name for file in source_files(Source(name="x", path=path), data_dir)]
+
+    assert names("*.jsonl", str(folder)) == ["a.jsonl", "a[b].jsonl", "b.jsonl"]
+    assert names("a[b].jsonl", str(folder)) == ["a[b].jsonl"]  # as a pattern it would be ab.jsonl
+    assert names("~/b.jsonl", "nowhere") == ["b.jsonl"]
+    assert names(str(tmp_path / "*" / "?.jsonl"), "nowhere") == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(RecipeError, match="no file matches /nowhere/"):
+        names("/nowhere/*.jsonl", str(folder))

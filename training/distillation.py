@@ -9,8 +9,8 @@ model. Before, in place of, or after stage II.
 Laws: the teacher reads every text once, to disk, and is not in memory while the model trains; another run finds its
 vectors again. Batches, checkpoints and resuming are those of stage II.
 
-COST: the texts of a batch are in memory at once, there are no mini-batches; on disk 2 bytes a dimension of the teacher
-and text.
+COST: the texts of a batch are in memory at once, there are no mini-batches, and one process trains; on disk 2 bytes a
+dimension of the teacher and text.
 """
 
 import os
@@ -127,10 +127,11 @@ def take_word_embeddings(student: SentenceTransformer, teacher: SentenceTransfor
     """
     known = student.tokenizer.get_vocab()
     ids = teacher.tokenizer.get_vocab()
-    if any(known.get(token) != number for token, number in ids.items()):
-        raise RecipeError("word_embeddings: the teacher's vocabulary is not the model's; use word_embeddings=false.")
     mine = student[0].auto_model.get_input_embeddings()
     theirs = teacher[0].auto_model.get_input_embeddings().weight[: len(ids)].float().to(mine.weight.device)
+    whole = sorted(ids.values()) == list(range(len(theirs)))
+    if not whole or any(known.get(token) != number for token, number in ids.items()):
+        raise RecipeError("word_embeddings: the teacher's vocabulary is not the model's; use word_embeddings=false.")
     width = mine.weight.shape[1]
     if theirs.shape[1] < width:
         raise RecipeError(f"word_embeddings: the teacher's have {theirs.shape[1]} dimensions, the model's {width}.")
@@ -195,6 +196,12 @@ def distillation(
             raise RecipeError(f"{field}={getattr(recipe, field)}: distillation has none; use a smaller batch.")
     if not recipe.bidirectional:
         raise RecipeError("bidirectional=false: distillation has both directions.")
+    if recipe.temperature <= 0 or recipe.vector_weight < 0 or (recipe.teacher_max_length or 3) < 3:
+        raise RecipeError("distillation wants temperature > 0, vector_weight >= 0 and teacher_max_length >= 3.")
+    if recipe.word_embeddings and recipe.lora is not None:
+        raise RecipeError("word_embeddings=true changes the base that adapters are saved without; leave out lora.")
+    if arguments.world_size > 1:
+        raise RecipeError(f"distillation runs in one process, not in {arguments.world_size}: leave out the launcher.")
     embedder = load_embedder(
         recipe.teacher,
         max_length=recipe.teacher_max_length,

@@ -4,8 +4,8 @@ Laws: a vector is found by all it depends on: the weights, vocabulary and module
 the text, the maximum length, and a hash of the text. A text that has a vector is not embedded again (two processes at
 the same time may both embed one, neither waits for the other). A shard under its final name is whole, so a run that is
 killed loses the shard it was at.
-COST: on disk 2 bytes a dimension (float16) and 8 bytes a text; in memory 8 bytes a text in the store, 32 a text asked
-for, and one shard of vectors.
+COST: on disk 2 bytes a dimension (float16) and 8 bytes a text; in memory 16 bytes a text in the store, 32 a text
+asked for, and one shard of vectors.
 NOTE: texts of a batch are padded together, which moves a vector by 1e-7; the one that is kept is of the batch that the
 text was first embedded in.
 """
@@ -70,8 +70,9 @@ class Vectors:
 def _load(file: Path) -> np.ndarray:
     try:
         return np.load(file, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise RecipeError(f"{file} is damaged ({error}); delete it and its .texts.npy, then run again.") from error
+    except (ValueError, EOFError, OSError) as error:
+        number = file.parent / file.name.split(".")[0]
+        raise RecipeError(f"{file} is damaged ({error}); delete {number}*.npy, then run again.") from error
 
 
 class VectorStore:
@@ -152,9 +153,16 @@ class Embedder:
             "modules": repr(self.model),
             "max_length": self.model.max_seq_length,
             "role": role,
-            "prompt": (self.model.prompts or {}).get(role, ""),
+            "prompt": self._prompt(role),
             **({"autocast": "bfloat16"} if self.bf16 else {}),
         }
+
+    def _prompt(self, role: str) -> str:
+        """The one that `encode_query` or `encode_document` puts before a text."""
+        prompts = self.model.prompts or {}
+        names = ("query",) if role == "query" else ("document", "passage", "corpus")
+        name = next((name for name in names if name in prompts), self.model.default_prompt_name)
+        return prompts.get(name, "")
 
     def embed(self, texts: list[str], role: str) -> np.ndarray:
         """Vectors of length 1, `(texts, width) float32`; role is "query" or "document".
@@ -218,7 +226,7 @@ def load_embedder(
 
     try:
         model = SentenceTransformer(model_path(name), trust_remote_code=True, device=device)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise RecipeError(f"model {name}: cannot be loaded ({' '.join(str(error).split())}).") from error
     if name == MINILM:
         # TRAP: its tokenizer.json bakes in truncation and padding at 128 tokens, below its limit of 256.

@@ -134,7 +134,7 @@ def _retrieve(recipe: MiningRecipe, retriever: Retriever, collection: Collection
 
     def build() -> Search:
         if retriever.model == BM25:
-            return BM25Search(collection.queries, collection.passages)
+            return BM25Search(collection.queries, collection.passages, memory_mb=recipe.memory_mb)
         texts = {"query": collection.queries, "document": collection.passages}
         with _timed(root, f"vectors of {retriever.name}"):
             queries, passages = _embed(recipe, root, retriever.model, retriever.max_length, texts)

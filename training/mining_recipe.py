@@ -121,7 +121,7 @@ class MiningRecipe:
         fill: What happens to a row with fewer: "random" adds positives of other rows of its source, as many as there
             are, "fewer" writes it as it is unless it has none, "drop" leaves it out.
         seed: Of the draws.
-        memory_mb: Bound of the arrays of a search, in MiB.
+        memory_mb: Bound of the arrays of a search, and of the index of BM25, in MiB.
         query_block: Queries searched at a time, after which a search that is killed goes on.
         shard_rows: Rows of an output file.
         embedding_rows: Texts of a file of vectors, after which an embedding that is killed goes on.

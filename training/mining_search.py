@@ -4,10 +4,12 @@ Laws: an exact search is exact however it is cut into blocks; every block of que
 and a run that is killed goes on after it.
 COST: a dense search holds `memory_mb` MiB of arrays, whatever the number of passages, and reads all vectors once for
 each block of queries. BM25 (bm25s) has no blocks: while it builds its index it holds all passages and their words,
-about 40 bytes a word, afterwards 8 bytes for each different word of a passage; a run that goes on builds it again.
+about 40 bytes a word (more than `memory_mb` is refused), afterwards 8 bytes for each different word of a passage; a
+run that goes on builds it again.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 _WORKSPACE = 64 * 2**20  # bytes faiss takes for products of 4096 queries and 1024 passages, and for its reservoirs
 _LEAST_BLOCK = 1024  # passages; below that the merging costs more than the search
 _TRAINING_VECTORS = 64  # of each list of IVF
+_BYTES_A_WORD = 40  # of the passages while BM25 builds its index
+_COUNTED = 10_000  # passages whose words are counted at a time
 
 
 class Search(Protocol):
@@ -124,12 +128,23 @@ class BM25Search:
     Args:
         queries: All queries.
         passages: All passages.
+        memory_mb: Bound of the index, in MiB.
+
+    Raises:
+        RecipeError: The passages have too many words for it.
     """
 
-    def __init__(self, queries: Texts, passages: Texts):
+    def __init__(self, queries: Texts, passages: Texts, *, memory_mb: int):
         import bm25s
 
         self._queries, self._size = queries, len(passages)
+        blocks = (np.arange(i, min(i + _COUNTED, self._size)) for i in range(0, self._size, _COUNTED))
+        words = sum(len(text.split()) for block in blocks for text in passages.take(block))
+        if words * _BYTES_A_WORD > memory_mb * 2**20:
+            raise RecipeError(
+                f"memory_mb={memory_mb} is too little for bm25 of {self._size:,} passages with {words:,} words: it "
+                f"needs {math.ceil(words * _BYTES_A_WORD / 2**20):,}; or leave it out of the retrievers."
+            )
         tokens = self._tokens(passages.take(np.arange(len(passages))))
         self._index = bm25s.BM25() if any(tokens.ids) else None  # it cannot index a corpus without a word
         if self._index is not None:

@@ -31,6 +31,12 @@ _HISTORY = 10  # steps shown when training stops
 _WARM = 100  # steps before a rise of the loss is judged
 _DECAY = 0.98  # of the running mean of the loss
 
+PEAK_TFLOPS = {
+    "B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L40": 181,
+    "L4": 121, "RTX 4090": 165,
+}  # fmt: skip
+"""Part of a GPU's name -> peak of its dense products in half precision, 1e12 operations a second (data sheets)."""
+
 
 def training_flops(config: PreTrainedConfig, tally: Tally) -> float:
     """Floating point operations of the matrix products of forward and backward on some batches.
@@ -53,6 +59,14 @@ def training_flops(config: PreTrainedConfig, tally: Tally) -> float:
     layer = 2 * tally.tokens * (4 * hidden**2 + matrices * hidden * inner) + 4 * hidden * tally.pairs
     head = 2 * tally.masked * (hidden**2 + hidden * config.vocab_size)
     return 3 * (config.num_hidden_layers * layer + head)
+
+
+def device_peak(arguments: TrainingArguments) -> float | None:
+    """`PEAK_TFLOPS` of the GPU that trains in half precision; None for another device or precision."""
+    if arguments.device.type != "cuda" or not (arguments.bf16 or arguments.fp16):
+        return None
+    name = torch.cuda.get_device_name(arguments.device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
 def summed(values: list[float], device: torch.device) -> list[float]:
@@ -144,10 +158,10 @@ class Monitor(TrainerCallback):
         save_progress(checkpoint, self.reader, self.progress, self.total)
         self._mark = time.monotonic()
 
-    def throughput(self, device: torch.device) -> dict[str, float]:
+    def throughput(self, arguments: TrainingArguments) -> dict[str, float]:
         """Log fields of the steps since the last call; every process has to call it."""
         *counts, tokens_seen, seconds = summed(
-            [*asdict(self.window).values(), self.total.tokens, self._seconds], device
+            [*asdict(self.window).values(), self.total.tokens, self._seconds], arguments.device
         )
         window, seconds = Tally(*map(int, counts)), seconds / self.reader.ranks
         fields = {
@@ -156,9 +170,9 @@ class Monitor(TrainerCallback):
             "padding_share": round(window.padding_share, 4),
             "lost_share": round(window.lost_share, 4),
         }
-        if self.recipe.peak_tflops is not None:
-            peak = self.recipe.peak_tflops * 1e12 * self.reader.ranks * max(seconds, 1e-9)
-            fields["mfu"] = round(training_flops(self.config, window) / peak, 4)
+        if (peak := self.recipe.peak_tflops or device_peak(arguments)) is not None:
+            operations = peak * 1e12 * self.reader.ranks * max(seconds, 1e-9)
+            fields["mfu"] = round(training_flops(self.config, window) / operations, 4)
         self.window, self._seconds = Tally(), 0.0
         return fields
 
@@ -335,7 +349,7 @@ class MonitoredTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self.monitor.throughput(self.args.device))
+            logs.update(self.monitor.throughput(self.args))
         elif "train_loss" in logs:  # the last entry of the training itself
             logs.update(self.monitor.summary(self.args.device))
         super().log(logs, start_time)

@@ -115,7 +115,8 @@ class MLMRecipe:
         global_batch_size: Sequences of an optimiser step over all processes; gradient accumulation follows from it.
             None, or `training.gradient_accumulation_steps` where it is given, leaves it to the latter.
         compile: Whether to compile the layers (torch.compile, once for all lengths).
-        peak_tflops: Peak of one device at the precision of the training, in 1e12 operations a second, to log MFU by.
+        peak_tflops: Peak of one device at the precision of the training, in 1e12 operations a second, to log MFU by;
+            None is that of the data sheet, for GPUs in `monitor.PEAK_TFLOPS` and half precision, else no MFU.
         max_loss_rise: How far, in nats, the running mean of the training loss may rise above its lowest value before
             the run stops; None never stops it. A loss that is not finite always does.
         training: Fields of `transformers.TrainingArguments`.
@@ -183,7 +184,8 @@ class ContrastiveRecipe:
         max_rows: Rows read from each source; None reads all.
         heldout_queries: Held-out anchors that are evaluated, of each source with a `heldout_share`.
         heldout_corpus: Positives of the source that they are searched among, their own included.
-        peak_tflops: Peak of one device at the precision of the training, in 1e12 operations a second, to log MFU by.
+        peak_tflops: Peak of one device at the precision of the training, in 1e12 operations a second, to log MFU by;
+            None is that of the data sheet, for GPUs in `monitor.PEAK_TFLOPS` and half precision, else no MFU.
         max_loss_rise: How far, in nats, the running mean of the training loss may rise above its lowest value before
             the run stops; None never stops it. A loss that is not finite always does.
         training: Fields of `SentenceTransformerTrainingArguments`.

@@ -93,15 +93,17 @@ def check_source(source: Source, data_dir: str, columns: Sequence[str]) -> Itera
 
 
 def source_files(source: Source, data_dir: str) -> list[Path]:
-    """The local files of a source, in order.
+    """The local files of a source, in order: the one of that name, or those that match it as a pattern.
 
     Raises:
         RecipeError: There is none, or one is empty.
     """
-    root = Path(data_dir).expanduser()
-    files = sorted(root.glob(source.path)) if not Path(source.path).is_absolute() else [Path(source.path)]
+    path = Path(source.path).expanduser()
+    root = Path(path.anchor) if path.is_absolute() else Path(data_dir).expanduser()
+    named, pattern = root / path, str(path.relative_to(path.anchor))
+    files = [named] if named.is_file() else sorted(root.glob(pattern))
     if not files or not all(file.is_file() for file in files):
-        raise RecipeError(f"source {source.name}: no file matches {root / source.path}.")
+        raise RecipeError(f"source {source.name}: no file matches {named}.")
     for file in files:
         if file.stat().st_size == 0:
             raise RecipeError(f"source {source.name}: {file} is empty.")

@@ -65,6 +65,7 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias, labels, dtype: torch.dtype):
         wide = torch.promote_types(dtype, torch.float32)
+        least = 2.0**-17 if dtype == torch.float16 else torch.finfo(dtype).tiny  # of a probability with enough digits
         ctx.dtypes = [x.dtype for x in (states, weight, bias)]
         states, weight, bias = (x.to(dtype) for x in (states, weight, bias))
         loss = states.new_zeros((), dtype=wide)
@@ -76,9 +77,11 @@ class _SummedLoss(torch.autograd.Function):
             probabilities = logits.softmax(dim=1)
             of_words = probabilities.gather(1, words)
             logs = of_words.to(wide).log()
-            if (small := (of_words < torch.finfo(dtype).tiny)[:, 0]).any():  # more than this dtype can hold
+            if (small := (of_words < least)[:, 0]).any():
                 logs[small] = logits[small].to(wide).log_softmax(dim=1).gather(1, words[small])
             loss -= logs.sum()
+            if not any(ctx.needs_input_grad):
+                continue
             probabilities.scatter_(1, words, of_words - 1)
             torch.mm(probabilities, weight, out=of_block)
             if dtype == wide:
