@@ -10,7 +10,7 @@ WORKERS ?= 2
 # The CPU build of torch; a range would pull gigabytes of CUDA. An already installed torch is kept.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test test-slow lint benchmark clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ demo: $(VENV)/.demo  ## embed and search the shipped library with the shipped mo
 
 test: $(VENV)/.test  ## the test suite: CPU only, offline
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-slow: $(VENV)/.test  ## what takes more than a minute a test: full sizes, kill drills, FSDP, Ray and peft where installed
+	$(BIN)/python -m pytest -m slow
 
 $(VENV)/.benchmarks: pyproject.toml | $(VENV)/.demo
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[benchmarks]"
