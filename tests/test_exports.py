@@ -361,7 +361,7 @@ def test_a_missing_package_names_the_extra():
 def test_openvino_does_not_call_home(tmp_path):
     pytest.importorskip("openvino", reason=EXTRA)
     code = (
-        "import sys; from hub_repo.formats.openvino_export import _openvino; _openvino().convert_model;"
+        "import sys; from hub_repo.formats.openvino_export import import_openvino; import_openvino().convert_model;"
         "import openvino.tools.ovc.telemetry_utils as t; print(t.tm.__name__)"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
