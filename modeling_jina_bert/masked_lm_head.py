@@ -60,6 +60,9 @@ class _SummedLoss(torch.autograd.Function):
 
     The gradient of a logit is its probability, less 1 at the label: one softmax gives the loss and the gradient. The
     gradients of weight and bias are added up in float32, or wider, over the blocks.
+
+    Inputs: states `(rows, hidden)`, weight `(vocabulary, hidden)` and bias `(vocabulary,)` of any float dtype, labels
+    `(rows,) int64` and the dtype of the products. Output: a float32 scalar, or wider.
     """
 
     @staticmethod

@@ -53,6 +53,7 @@ def test_distillation_moves_towards_the_teacher_and_resumes(start, tmp_path, cap
         (["temperature=0"], "temperature > 0"),
         (["vector_weight=-1"], "vector_weight >= 0"),
         (["teacher_max_length=2"], "teacher_max_length >= 3"),
+        (["teacher_max_length=0"], "teacher_max_length >= 3"),
         (["word_embeddings=true", "lora={r: 4}"], "word_embeddings=true changes the base"),
     ],
 )

@@ -196,7 +196,8 @@ def distillation(
             raise RecipeError(f"{field}={getattr(recipe, field)}: distillation has none; use a smaller batch.")
     if not recipe.bidirectional:
         raise RecipeError("bidirectional=false: distillation has both directions.")
-    if recipe.temperature <= 0 or recipe.vector_weight < 0 or (recipe.teacher_max_length or 3) < 3:
+    shortest = 3 if recipe.teacher_max_length is None else recipe.teacher_max_length
+    if recipe.temperature <= 0 or recipe.vector_weight < 0 or shortest < 3:
         raise RecipeError("distillation wants temperature > 0, vector_weight >= 0 and teacher_max_length >= 3.")
     if recipe.word_embeddings and recipe.lora is not None:
         raise RecipeError("word_embeddings=true changes the base that adapters are saved without; leave out lora.")

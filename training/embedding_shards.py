@@ -70,7 +70,7 @@ class Vectors:
 def _load(file: Path) -> np.ndarray:
     try:
         return np.load(file, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, FileNotFoundError) as error:
         number = file.parent / file.name.split(".")[0]
         raise RecipeError(f"{file} is damaged ({error}); delete {number}*.npy, then run again.") from error
 
