@@ -18,6 +18,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe and Ito's, safe for the colour-blind; lines differ in marker and dash as well."""
 MARKERS, DASHES = "osD^vPX", ("-", "--", ":", "-.")
 
+SHUFFLED = "shuffled"
+"""The positions of a record of words in random order, as in `mlm_models`."""
+
 Interval = tuple[float, float]
 
 
@@ -28,6 +31,7 @@ class Point:
     Attributes:
         system: As in the figure.
         model: Name of the model; its systems differ in the positions.
+        is_reference: Whether it is a single point, not one of a line over lengths.
         length: Tokens of a window.
         accuracy: Share of the targets that are predicted, over all documents.
         interval: Of the accuracy; None for a single document.
@@ -38,6 +42,7 @@ class Point:
 
     system: str
     model: str
+    is_reference: bool
     length: int
     accuracy: float
     interval: Interval | None
@@ -61,9 +66,9 @@ def percentile_interval(values: np.ndarray) -> Interval | None:
 
 
 def system_name(record: dict[str, Any]) -> str:
-    """The model, and how its table of positions was extended, where it was."""
+    """The model, and how its table of positions was extended, or that the words were shuffled."""
     positions = record["positions"]
-    return f"{record['model']} {positions}" if positions in ("interpolated", "repeated") else record["model"]
+    return f"{record['model']} {positions}" if positions in ("interpolated", "repeated", SHUFFLED) else record["model"]
 
 
 def _counts(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -73,8 +78,13 @@ def _counts(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _reference(record: dict[str, Any], records: Sequence[dict[str, Any]], length: int) -> dict[str, Any]:
-    """The record of the same model at the trained length: its table as it is, or the same extension of it."""
-    for positions in (record["positions"], "table"):
+    """The record of the same model at the trained length: its table as it is, or the same extension of it.
+
+    What has no positions is at one length only, and its own reference.
+    """
+    if record["positions"] is None:
+        return record
+    for positions in ("alibi" if record["positions"] == SHUFFLED else record["positions"], "table"):
         for other in records:
             if (other["model"], other["positions"], other["length"]) == (record["model"], positions, length):
                 return other
@@ -100,6 +110,7 @@ def points(records: Sequence[dict[str, Any]], trained_length: int) -> list[Point
             Point(
                 system=system_name(record),
                 model=record["model"],
+                is_reference=record["positions"] in (SHUFFLED, None),
                 length=record["length"],
                 accuracy=float(correct.sum() / targets.sum()),
                 interval=percentile_interval(accuracies) if several else None,
@@ -149,6 +160,10 @@ def caption(records: Sequence[dict[str, Any]]) -> str:
     for model, table in {other["model"]: other["position_table"] for other in records}.items():
         if table is not None:
             text += f" {model} has {table} positions: for longer windows they are interpolated, or repeated."
+    if any(other["positions"] is None for other in records):
+        text += " Word frequencies: the best answer that is the same everywhere, so that ignores the context."
+    if any(other["positions"] == SHUFFLED for other in records):
+        text += " Shuffled: what is not masked stands in random order within a window."
     if len({other["settings"]["masks_sha256"] for other in records}) > 1:
         text += " The models have different tokenizers: compare their ratios, not their accuracies."
     return text
@@ -166,10 +181,11 @@ def curves(found: Sequence[Point]) -> dict[str, list[Point]]:
     """System -> its points by length; an extended table goes on from the last length that the table itself covers."""
     lines: dict[str, list[Point]] = {}
     for point in sorted(found, key=lambda point: point.length):
-        if point.system not in lines:
-            before = [other for other in found if other.model == point.model and other.length < point.length]
+        if point.system not in lines and not point.is_reference:
+            own = [other for other in found if other.model == point.model and not other.is_reference]
+            before = [other for other in own if other.length < point.length]
             lines[point.system] = [max(before, key=lambda other: other.length)] if before else []
-        lines[point.system].append(point)
+        lines.setdefault(point.system, []).append(point)
     return lines
 
 

@@ -4,7 +4,8 @@
       --data DATA/pretrain/heldout_long_books.jsonl.zst --output results.json --plot figure.png --markdown table.md
 
 A JinaBERT takes any length as it is. A BERT takes lengths within its table of positions as it is; beyond, it is two
-systems: the table interpolated to the length, and the table repeated.
+systems: the table interpolated to the length, and the table repeated. Two references say what flat accuracy is worth:
+the best answer that ignores the context, and every model at the trained length on words in random order.
 
 Laws: everything wrong with names and files is reported before the first text is scored; every length and system
 predicts the same masked tokens (see `mlm_texts`); a record already in the output, of the same weights, data and
@@ -31,8 +32,8 @@ from modeling_jina_bert.masking import CORRUPTION
 
 from .length_plot import caption, markdown, matplotlib_figure, points, table_rows, write_plot
 from .loading import weights_sha256
-from .mlm_models import MaskedLM, load_masked_lm, score_text
-from .mlm_texts import SPECIAL_TOKENS, MaskedText, fingerprint, masked_texts
+from .mlm_models import SHUFFLED, MaskedLM, Score, load_masked_lm, score_text
+from .mlm_texts import SPECIAL_TOKENS, MaskedText, fingerprint, frequency_scores, masked_texts, shuffled
 from .records import read_records, write_records
 from .sets import EvaluationError
 
@@ -47,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 DOCUMENTS = 5
+FREQUENCIES = "word frequencies"
+"""The name of the best answer that ignores the context."""
 _FIELDS = {"model", "positions", "position_table", "length", "settings", "metrics", "documents"}
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
@@ -73,7 +76,14 @@ def environment(device: str) -> dict[str, Any]:
 def score_documents(masked_lm: MaskedLM, texts: Sequence[MaskedText], length: int, positions: str) -> dict[str, Any]:
     """Accuracy and mean loss over all targets, and the counts of each document."""
     bar = tqdm(texts, desc=f"{masked_lm.name} {positions} {length}", unit="document", leave=False, disable=None)
+    if positions == SHUFFLED:
+        positions = masked_lm.positions_for(length)[0]
+        bar = (shuffled(text, length - SPECIAL_TOKENS) for text in bar)
     scores = [score_text(masked_lm, text, length=length, positions=positions) for text in bar]
+    return _summary(texts, scores)
+
+
+def _summary(texts: Sequence[MaskedText], scores: Sequence[Score]) -> dict[str, Any]:
     targets = sum(score.targets for score in scores)
     return {
         "metrics": {
@@ -91,16 +101,18 @@ def evaluate(
     lengths: Sequence[int],
     output: Path,
     *,
+    trained_length: int,
     settings: dict[str, Any],
     provenance: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Scores one model at every length, and writes `output` after each.
+    """Scores one model at every length, at one on words in random order as well, and writes `output` after each.
 
     Args:
         masked_lm: The model.
         texts: What it predicts; each at least as long as the longest length without [CLS] and [SEP].
         lengths: Tokens of the windows, ascending.
         output: JSON file; other records in it are kept.
+        trained_length: That one; a length.
         settings: What decides the figures; equal settings, equal figures.
         provenance: Command and environment, for new records.
 
@@ -113,7 +125,8 @@ def evaluate(
     table = masked_lm.position_table
     results = []
     for length in lengths:
-        for positions in masked_lm.positions_for(length):
+        shuffles = (SHUFFLED,) if length == trained_length else ()
+        for positions in (*masked_lm.positions_for(length), *shuffles):
             records = read_records(output, _FIELDS)
             key = {"positions": positions, "length": length, "settings": settings}
             known = next((record for record in records if key.items() <= record.items()), None)
@@ -138,6 +151,22 @@ def evaluate(
                 masked_lm.name, positions, length, metrics["accuracy"], metrics["loss"], seconds,
             )  # fmt: skip
     return results
+
+
+def frequency_record(
+    texts: Sequence[MaskedText], length: int, *, settings: dict[str, Any], provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """The record of `frequency_scores`, at the trained length; computed from the targets alone, so never looked up."""
+    return {
+        "model": FREQUENCIES,
+        "source": None,
+        "positions": None,
+        "length": length,
+        "settings": {name: value for name, value in settings.items() if name not in ("weights_sha256", "dtype")},
+        "position_table": None,
+        **_summary(texts, [Score(*score) for score in frequency_scores(texts)]),
+        **provenance,
+    }
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -245,11 +274,27 @@ def run(arguments: argparse.Namespace, *, command: str) -> list[dict[str, Any]]:
         for masked_lm in models
     ]
     provenance = {"command": command, "environment": environment(arguments.device)}
-    results = []
+    results, frequencies = [], {}
     for masked_lm, its_texts in zip(models, texts, strict=True):
-        settings = settings_of(masked_lm, its_texts, arguments)
-        results += evaluate(masked_lm, its_texts, lengths, arguments.output, settings=settings, provenance=provenance)
-    return results
+        options = {"settings": settings_of(masked_lm, its_texts, arguments), "provenance": provenance}
+        trained = arguments.trained_length
+        results += evaluate(masked_lm, its_texts, lengths, arguments.output, trained_length=trained, **options)
+        frequencies[fingerprint(its_texts)] = frequency_record(its_texts, trained, **options)
+    return [*results, *_written(list(frequencies.values()), arguments.output)]
+
+
+def _written(found: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
+    """The records, those in the file in place of equal ones."""
+    records = read_records(output, _FIELDS)
+    for number, record in enumerate(found):
+        key = {name: record[name] for name in ("model", "length", "settings")}
+        known = next((other for other in records if key.items() <= other.items()), None)
+        if known is None:
+            records.append(record)
+        else:
+            found[number] = known
+    write_records(output, records)
+    return found
 
 
 def main(argv: Sequence[str] | None = None):

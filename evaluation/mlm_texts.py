@@ -9,7 +9,7 @@ import hashlib
 import logging
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -154,6 +154,29 @@ def masked_texts(
     if len(texts) < documents:
         logger.warning("Only %d documents have %d tokens; --documents asks for %d.", len(texts), tokens, documents)
     return texts
+
+
+def shuffled(text: MaskedText, size: int) -> MaskedText:
+    """The text with all but the targets in random order, within stretches of `size` tokens."""
+    generator = torch.Generator().manual_seed(zlib.crc32(text.corrupted.numpy().tobytes()))
+    corrupted = text.corrupted.clone()
+    for stretch, targets in zip(corrupted.split(size), text.targets.split(size), strict=True):
+        shown = stretch[~targets]
+        stretch[~targets] = shown[torch.randperm(len(shown), generator=generator)]
+    return replace(text, corrupted=corrupted)
+
+
+def frequency_scores(texts: Sequence[MaskedText]) -> list[tuple[int, int, float]]:
+    """What the best answer that is the same everywhere scores: no model that ignores the context does better.
+
+    Returns:
+        For each text its targets, those that are the most frequent target of all texts, and the sum of the cross
+        entropies (nats) under the distribution of all targets.
+    """
+    targets = [text.original[text.targets] for text in texts]
+    counts = torch.cat(targets).bincount()
+    costs = (counts / counts.sum()).double().log().neg()
+    return [(len(found), int((found == counts.argmax()).sum()), float(costs[found].sum())) for found in targets]
 
 
 def fingerprint(texts: Sequence[MaskedText]) -> str:

@@ -17,6 +17,7 @@ from training.distillation import (
     DistillationRecipe,
     distillation,
     distillation_loss,
+    fitted_axes,
     principal_axes,
     take_word_embeddings,
     vector_loss,
@@ -96,6 +97,33 @@ def test_the_axes_keep_inner_products_and_the_vector_loss_is_the_cosine():
     student = [torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (30, 10)]
     expected = 1 - torch.nn.functional.cosine_similarity(torch.cat(student), taken).mean()
     assert vector_loss(student, vectors.split([30, 10]), axes).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_fitted_axes_are_those_that_a_student_has_learnt():
+    """Exact for a student with the teacher's vectors on principal axes; of a noisy one no others are nearer."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(60, 8, generator=generator, dtype=torch.float64)
+    learnt = principal_axes(vectors, 4)
+    torch.testing.assert_close(fitted_axes(vectors, 3 * vectors @ learnt), learnt)
+    student = vectors @ learnt + torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    axes = fitted_axes(vectors, student)
+    torch.testing.assert_close(axes.T @ axes, torch.eye(4, dtype=torch.float64))
+    found = ((vectors @ axes) * student).sum()
+    nearby = torch.linalg.qr(axes + 0.1 * torch.randn(20, 8, 4, generator=generator, dtype=torch.float64)).Q
+    for other in (learnt, *nearby):
+        assert ((vectors @ other) * student).sum() < found
+
+
+def test_a_distilled_student_goes_on_with_the_axes_that_it_has(start, tmp_path):
+    """On other texts: fitted axes begin where the first run ended, the principal ones of those texts do not."""
+    steps = ("training.per_device_train_batch_size=16", "vector_weight=5")
+    first = distilled(start, tmp_path / "first", *steps, "training.max_steps=40")
+    others = (f"data_dir={start}", "sources=[{name: b, path: pairs-1.jsonl}]", "training.max_steps=1")
+    loss = {}
+    for axes in ("fitted", "principal"):
+        distilled(first, tmp_path / axes, *steps, *others, f"axes={axes}")
+        loss[axes] = losses(tmp_path / axes)[1]
+    assert loss["fitted"] < 0.8 * loss["principal"], loss
 
 
 def test_word_embeddings_of_the_teacher(start):

@@ -18,7 +18,15 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer, DistilBertC
 
 from evaluation import mlm, mlm_models
 from evaluation.mlm_models import extended_positions, load_masked_lm, score_text
-from evaluation.mlm_texts import MaskedText, mask_words, masked_texts, vocabulary_of, windows
+from evaluation.mlm_texts import (
+    MaskedText,
+    frequency_scores,
+    mask_words,
+    masked_texts,
+    shuffled,
+    vocabulary_of,
+    windows,
+)
 from modeling_jina_bert import JinaBertForMaskedLM
 from modeling_jina_bert.masking import IGNORED
 from training.masking import WholeWordMaskingCollator
@@ -214,6 +222,36 @@ def test_accuracy_by_hand(tmp_path, tokenizer, vocabulary):
         assert score.loss == pytest.approx(2 * (normaliser - 5) + 2 * normaliser, rel=1e-5)
 
 
+def test_shuffled_words_are_the_same_words_around_the_same_targets(text):
+    found = shuffled(text, 50)
+    assert torch.equal(found.targets, text.targets)
+    assert torch.equal(found.original, text.original)
+    assert torch.equal(found.corrupted[text.targets], text.corrupted[text.targets])
+    for before, after in zip(text.corrupted.split(50), found.corrupted.split(50), strict=True):
+        assert torch.equal(before.sort().values, after.sort().values)
+        assert not torch.equal(before, after)
+    assert torch.equal(shuffled(text, 50).corrupted, found.corrupted)
+
+
+def test_shuffled_words_change_what_a_model_scores(folders, text):
+    masked_lm = load_masked_lm("bert", str(folders["bert"]))
+    found = {x: mlm.score_documents(masked_lm, [text], 33, x)["metrics"]["loss"] for x in ("table", "shuffled")}
+    by_hand = score_text(masked_lm, shuffled(text, 31), length=33, positions="table")
+    assert found["shuffled"] == pytest.approx(by_hand.loss / by_hand.targets, rel=1e-9)
+    assert found["shuffled"] != pytest.approx(found["table"], rel=1e-4)
+
+
+def test_word_frequencies_by_hand():
+    """Targets 7 7 5 and 7 9: 7 is right in three of five, and costs log(5/3)."""
+    original = torch.tensor([[7, 7, 5, 1], [7, 9, 9, 9]])
+    targets = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    texts = [MaskedText("here:1", *row) for row in zip(original, original, targets, strict=True)]
+    (first, second) = frequency_scores(texts)
+    assert (first[:2], second[:2]) == ((3, 2), (2, 1))
+    assert first[2] == pytest.approx(2 * math.log(5 / 3) + math.log(5))
+    assert second[2] == pytest.approx(math.log(5 / 3) + math.log(5))
+
+
 @pytest.mark.parametrize("name", ["jina", "bert"])
 def test_memory_is_linear_in_the_length(monkeypatch, folders, data, tokenizer, vocabulary, name):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the recorder is one thread's
@@ -256,14 +294,19 @@ def test_a_run_from_the_command_line_is_complete_and_resumes(folders, data, tmp_
     records = json.loads(output.read_text())["records"]
     places = [(x["model"], x["length"], x["positions"]) for x in records]
     assert places == [
-        *(("Jina", length, "alibi") for length in LENGTHS),
+        ("Jina", 16, "alibi"),
+        ("Jina", 33, "alibi"),
+        ("Jina", 33, "shuffled"),
+        *(("Jina", length, "alibi") for length in (64, 130)),
         ("BERT", 16, "table"),
         ("BERT", 33, "table"),
+        ("BERT", 33, "shuffled"),
         *(("BERT", length, way) for length in (64, 130) for way in ("interpolated", "repeated")),
+        ("word frequencies", 33, None),
     ]
     assert len({json.dumps([(y["place"], y["targets"]) for y in x["documents"]]) for x in records}) == 1
     assert len({x["settings"]["masks_sha256"] for x in records}) == 1
-    assert len({x["settings"]["weights_sha256"] for x in records}) == 2
+    assert len({x["settings"]["weights_sha256"] for x in records[:-1]}) == 2
     targets = records[0]["metrics"]["targets"]
     assert 0.2 * 3 * 128 < targets < 0.4 * 3 * 128
     assert all(x["metrics"]["loss"] > 3 and x["metrics"]["targets"] == targets for x in records)
@@ -298,7 +341,9 @@ def test_a_retrained_model_is_scored_anew(folders, data, tmp_path, tokenizer):
         mlm.main(
             ["--model", str(tmp_path / "model"), "--data", str(data), *sizes, "--output", str(tmp_path / "r.json")]
         )
-        settings.append([x["metrics"]["loss"] for x in json.loads((tmp_path / "r.json").read_text())["records"]])
+        records = json.loads((tmp_path / "r.json").read_text())["records"]
+        assert [x["positions"] for x in records if x["positions"] is None] == [None]  # one of word frequencies
+        settings.append([x["metrics"]["loss"] for x in records if x["positions"] == "table"])
         with torch.no_grad():
             model.cls.predictions.bias[1500] += 3
     assert [len(x) for x in settings] == [1, 2]

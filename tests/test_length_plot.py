@@ -71,6 +71,25 @@ def test_the_figure_draws_every_system_from_where_its_positions_begin():
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["512", "1,024"]
 
 
+def test_references_are_single_points():
+    """Shuffled words beside the model's own accuracy; word frequencies, at whatever length, beside themselves."""
+    references = [
+        record("A", 512, [20, 20, 30, 30], positions="shuffled"),
+        record("word frequencies", 256, [10, 10, 10, 10], positions=None),
+    ]
+    *_, shuffled, frequencies = found = length_plot.points([*RECORDS, *references], 512)
+    assert (shuffled.system, shuffled.accuracy, shuffled.ratio) == ("A shuffled", 0.25, 0.5)
+    assert (frequencies.system, frequencies.accuracy, frequencies.ratio) == ("word frequencies", 0.1, 1.0)
+    lines = length_plot.curves(found)
+    assert {name: len(line) for name, line in lines.items()} == {
+        "word frequencies": 1, "A": 2, "B": 1, "A shuffled": 1, "B interpolated": 2, "B repeated": 2,
+    }  # fmt: skip
+    text = length_plot.caption([*RECORDS, *references])
+    assert "Word frequencies: the best answer" in text
+    assert "Shuffled: what is not masked" in text
+    assert "Shuffled" not in length_plot.caption(RECORDS)
+
+
 def test_other_tokens_are_said():
     other = record("B", 512, [1, 2, 3, 4]) | {"settings": RECORDS[0]["settings"] | {"masks_sha256": "1"}}
     assert "different tokenizers" in length_plot.caption([RECORDS[0], other])

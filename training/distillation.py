@@ -16,6 +16,7 @@ dimension of the teacher and text.
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,16 @@ from .run import exit_on_recipe_error
 _SHARD_ROWS = 20_000
 """Texts after which what the teacher has read is safe on disk."""
 _AXES_ROWS = 50_000
-"""Vectors that the axes are taken from, at most."""
+"""Vectors that principal axes are taken from, at most."""
+_FITTED_TEXTS = 2_000
+"""Texts that axes are fitted to, at most: the student embeds them."""
+
+
+class Axes(str, Enum):
+    """How the teacher's vectors come to the student's width."""
+
+    principal = "principal"
+    fitted = "fitted"
 
 
 @dataclass
@@ -49,6 +59,8 @@ class DistillationRecipe(ContrastiveRecipe):
         teacher_bf16: Whether the teacher multiplies in bfloat16 (autocast); `training.bf16` is the student's.
         cache_dir: Folder of the teacher's vectors.
         vector_weight: Of `vector_loss`, which is added to `distillation_loss`; 0 is that alone.
+        axes: `principal`, those of `principal_axes`, for a student that is new to the teacher; `fitted`, those of
+            `fitted_axes`, to go on with one that has learnt this teacher's vectors, on any texts.
         word_embeddings: Whether to begin with the teacher's word embeddings, see `take_word_embeddings`.
     """
 
@@ -57,6 +69,7 @@ class DistillationRecipe(ContrastiveRecipe):
     teacher_bf16: bool = False
     cache_dir: str = "runs/teacher-vectors"
     vector_weight: float = 0.0
+    axes: Axes = Axes.principal
     word_embeddings: bool = False
 
 
@@ -94,7 +107,7 @@ def vector_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], axes: Tens
     Args:
         student: `(texts, width)` float, of each column.
         teacher: `(texts, teacher width)` float, of each column; constants.
-        axes: `(teacher width, width)`, see `principal_axes`.
+        axes: `(teacher width, width)`, see `principal_axes` and `fitted_axes`.
     """
     found = torch.cat([normalize(column, dim=1) for column in student])
     wanted = normalize(torch.cat(list(teacher)) @ axes, dim=1)
@@ -114,6 +127,19 @@ def principal_axes(vectors: Tensor, width: int) -> Tensor:
     _, axes = torch.linalg.eigh(vectors.T @ vectors)  # of ascending eigenvalue
     axes = axes[:, -width:].flip(1)
     return axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+
+
+def fitted_axes(vectors: Tensor, student: Tensor) -> Tensor:
+    """The axes on which vectors come nearest to those that a student gives the same texts: orthonormal columns.
+
+    Orthogonal Procrustes: of all such axes those with the largest sum of inner products with the student's vectors.
+
+    Args:
+        vectors: `(rows, vectors' width)` float.
+        student: `(rows, width)` float, at most as wide.
+    """
+    left, _, right = torch.linalg.svd(vectors.T @ student, full_matrices=False)
+    return left @ right
 
 
 @torch.no_grad()
@@ -212,38 +238,44 @@ def distillation(
     if recipe.word_embeddings:
         take_word_embeddings(model, embedder.model)
     numbered = {}
-    texts: dict[str, list[Dataset]] = {"query": [], "document": []}
+    parts: dict[str, list[Dataset]] = {"query": [], "document": []}
     for name, dataset in datasets.items():
         starts = []
         for column in dataset.column_names:
             role = "document" if starts else "query"
-            starts.append(sum(map(len, texts[role])))
-            texts[role].append(dataset.select_columns([column]).rename_columns({column: "text"}))
+            starts.append(sum(map(len, parts[role])))
+            parts[role].append(dataset.select_columns([column]).rename_columns({column: "text"}))
         numbered[name] = dataset.add_column(LABEL, [[start + row for start in starts] for row in range(len(dataset))])
     folder = Path(recipe.cache_dir)
+    texts = {role: Texts(concatenate_datasets(part)) for role, part in parts.items()}
     queries, documents = (
-        embed(embedder, Texts(concatenate_datasets(t)), role, folder=folder, dtype="float16", shard_rows=_SHARD_ROWS)
-        for role, t in texts.items()
+        embed(embedder, text, role, folder=folder, dtype="float16", shard_rows=_SHARD_ROWS)
+        for role, text in texts.items()
     )
     loss = DistillationLoss(
         model,
         (queries, documents),
         recipe.temperature,
-        axes=_axes(recipe, model, documents) if recipe.vector_weight else None,
+        axes=_axes(recipe, model, documents, texts["document"]) if recipe.vector_weight else None,
         weight=recipe.vector_weight,
     )
     return DatasetDict(numbered), loss
 
 
-def _axes(recipe: DistillationRecipe, model: SentenceTransformer, vectors: Vectors) -> Tensor:
-    """The teacher's axes in the student's width, from vectors all over the sources."""
+def _axes(recipe: DistillationRecipe, model: SentenceTransformer, vectors: Vectors, texts: Texts) -> Tensor:
+    """The teacher's axes in the student's width, from vectors of texts all over the sources."""
     width = model.get_embedding_dimension()
     if vectors.width < width:
         raise RecipeError(
             f"teacher {recipe.teacher}: {vectors.width} dimensions, the model has {width}; use vector_weight=0."
         )
-    chosen = np.linspace(0, len(vectors) - 1, min(len(vectors), _AXES_ROWS)).astype(np.int64)
-    return principal_axes(torch.from_numpy(vectors.take(chosen)), width)
+    count = min(len(vectors), _FITTED_TEXTS if recipe.axes is Axes.fitted else _AXES_ROWS)
+    chosen = np.linspace(0, len(vectors) - 1, count).astype(np.int64)
+    taken = torch.from_numpy(vectors.take(chosen))
+    if recipe.axes is Axes.principal:
+        return principal_axes(taken, width)
+    student = model.encode(texts.take(chosen), prompt="", normalize_embeddings=True, convert_to_tensor=True)
+    return fitted_axes(normalize(taken, dim=1), student.float().cpu())
 
 
 def main():
