@@ -161,7 +161,7 @@ def caption(records: Sequence[dict[str, Any]]) -> str:
         if table is not None:
             text += f" {model} has {table} positions: for longer windows they are interpolated, or repeated."
     if any(other["positions"] is None for other in records):
-        text += " Word frequencies: the best answer that is the same everywhere, so that ignores the context."
+        text += " Without context: the best answer to the token in the place and the frequencies of words alone."
     if any(other["positions"] == SHUFFLED for other in records):
         text += " Shuffled: what is not masked stands in random order within a window."
     if len({other["settings"]["masks_sha256"] for other in records}) > 1:

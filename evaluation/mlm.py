@@ -33,7 +33,7 @@ from modeling_jina_bert.masking import CORRUPTION
 from .length_plot import caption, markdown, matplotlib_figure, points, table_rows, write_plot
 from .loading import weights_sha256
 from .mlm_models import SHUFFLED, MaskedLM, Score, load_masked_lm, score_text
-from .mlm_texts import SPECIAL_TOKENS, MaskedText, fingerprint, frequency_scores, masked_texts, shuffled
+from .mlm_texts import SPECIAL_TOKENS, MaskedText, context_free_scores, fingerprint, masked_texts, shuffled
 from .records import read_records, write_records
 from .sets import EvaluationError
 
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 DOCUMENTS = 5
-FREQUENCIES = "word frequencies"
+CONTEXT_FREE = "without context"
 """The name of the best answer that ignores the context."""
 _FIELDS = {"model", "positions", "position_table", "length", "settings", "metrics", "documents"}
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
@@ -153,18 +153,18 @@ def evaluate(
     return results
 
 
-def frequency_record(
-    texts: Sequence[MaskedText], length: int, *, settings: dict[str, Any], provenance: dict[str, Any]
+def context_free_record(
+    texts: Sequence[MaskedText], mask: int, length: int, *, settings: dict[str, Any], provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """The record of `frequency_scores`, at the trained length; computed from the targets alone, so never looked up."""
+    """The record of `context_free_scores`, at the trained length."""
     return {
-        "model": FREQUENCIES,
+        "model": CONTEXT_FREE,
         "source": None,
         "positions": None,
         "length": length,
         "settings": {name: value for name, value in settings.items() if name not in ("weights_sha256", "dtype")},
         "position_table": None,
-        **_summary(texts, [Score(*score) for score in frequency_scores(texts)]),
+        **_summary(texts, [Score(*score) for score in context_free_scores(texts, mask)]),
         **provenance,
     }
 
@@ -274,13 +274,14 @@ def run(arguments: argparse.Namespace, *, command: str) -> list[dict[str, Any]]:
         for masked_lm in models
     ]
     provenance = {"command": command, "environment": environment(arguments.device)}
-    results, frequencies = [], {}
+    results, context_free = [], {}
     for masked_lm, its_texts in zip(models, texts, strict=True):
         options = {"settings": settings_of(masked_lm, its_texts, arguments), "provenance": provenance}
         trained = arguments.trained_length
         results += evaluate(masked_lm, its_texts, lengths, arguments.output, trained_length=trained, **options)
-        frequencies[fingerprint(its_texts)] = frequency_record(its_texts, trained, **options)
-    return [*results, *_written(list(frequencies.values()), arguments.output)]
+        mask = masked_lm.vocabulary.pieces.mask
+        context_free[fingerprint(its_texts)] = context_free_record(its_texts, mask, trained, **options)
+    return [*results, *_written(list(context_free.values()), arguments.output)]
 
 
 def _written(found: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]:

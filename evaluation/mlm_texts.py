@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modeling_jina_bert.masking import IGNORED, WordPieces, mask_whole_words
+from modeling_jina_bert.masking import CORRUPTION, IGNORED, WordPieces, mask_whole_words
 
 from .sets import EvaluationError, read_rows
 
@@ -166,17 +166,30 @@ def shuffled(text: MaskedText, size: int) -> MaskedText:
     return replace(text, corrupted=corrupted)
 
 
-def frequency_scores(texts: Sequence[MaskedText]) -> list[tuple[int, int, float]]:
-    """What the best answer that is the same everywhere scores: no model that ignores the context does better.
+def context_free_scores(texts: Sequence[MaskedText], mask: int) -> list[tuple[int, int, float]]:
+    """What the best answer scores that knows the token at a target's own place, and how frequent the targets are.
+
+    It takes a token that is not [MASK] for the original, and of [MASK] it says the most frequent target of all texts:
+    a model that does not use the context does no better.
+
+    Args:
+        texts: Whose targets are predicted.
+        mask: Id of [MASK].
 
     Returns:
-        For each text its targets, those that are the most frequent target of all texts, and the sum of the cross
-        entropies (nats) under the distribution of all targets.
+        For each text its targets, the right answers among them, and the sum of the cross entropies (nats).
     """
-    targets = [text.original[text.targets] for text in texts]
-    counts = torch.cat(targets).bincount()
-    costs = (counts / counts.sum()).double().log().neg()
-    return [(len(found), int((found == counts.argmax()).sum()), float(costs[found].sum())) for found in targets]
+    counts = torch.cat([text.original[text.targets] for text in texts]).bincount()
+    frequencies = (counts / counts.sum()).double()
+    unchanged = CORRUPTION["unchanged"] / (CORRUPTION["unchanged"] + CORRUPTION["random"])
+    found = []
+    for text in texts:
+        wanted, shown = text.original[text.targets], text.corrupted[text.targets]
+        right = torch.where(shown == mask, counts.argmax(), shown) == wanted
+        kept = unchanged * (shown == wanted) + (1 - unchanged) * frequencies[wanted]
+        likelihoods = torch.where(shown == mask, frequencies[wanted], kept)
+        found.append((len(wanted), int(right.sum()), -float(likelihoods.log().sum())))
+    return found
 
 
 def fingerprint(texts: Sequence[MaskedText]) -> str:

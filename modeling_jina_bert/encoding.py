@@ -5,6 +5,7 @@ from texts sorted by token length, and packed: no padding is computed. The next 
 """
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -162,14 +164,12 @@ class EncodeMixin(_PreTrainedModel):
 
     @property
     def tokenizer(self):
-        """The tokenizer beside the weights, loaded on first use; assign one for a model built in memory.
+        """The tokenizer beside the weights, loaded on first use; None for a model built in memory, until assigned.
 
         Raises:
             ValueError: There is none, it cannot be read, or it does not fit the model.
         """
-        if self._tokenizer is None:
-            if not self.name_or_path:
-                raise ValueError("This model was not loaded from a checkpoint: assign a tokenizer to model.tokenizer.")
+        if self._tokenizer is None and self.name_or_path:
             self._tokenizer = _load_tokenizer(self.name_or_path, self.config)
         return self._tokenizer
 
@@ -246,9 +246,14 @@ class EncodeMixin(_PreTrainedModel):
         if truncate_dim is not None and not 0 < truncate_dim <= self.config.hidden_size:
             raise ValueError(f"truncate_dim={truncate_dim} is not in 1 ... {self.config.hidden_size} (hidden_size).")
 
+    def _needed_tokenizer(self):
+        if (tokenizer := self.tokenizer) is None:
+            raise ValueError("This model was not loaded from a checkpoint: assign a tokenizer to model.tokenizer.")
+        return tokenizer
+
     def _max_length(self, max_length: int | None) -> int:
         # Tokenizers without a stated limit carry a huge placeholder.
-        return max_length or min(self.tokenizer.model_max_length, max(self.config.model_max_length, 1))
+        return max_length or min(self._needed_tokenizer().model_max_length, max(self.config.model_max_length, 1))
 
     def _tokenize_function(
         self,
@@ -258,7 +263,7 @@ class EncodeMixin(_PreTrainedModel):
         padding: bool = True,  # accepted for the official signature; nothing is padded
         **tokenizer_kwargs,
     ) -> Callable[[list[str]], "_Window"]:
-        tokenizer, max_length = self.tokenizer, self._max_length(max_length)
+        tokenizer, max_length = self._needed_tokenizer(), self._max_length(max_length)
         options = {"return_attention_mask": False, "verbose": False, **tokenizer_kwargs}
 
         def tokenize(sentences: list[str]) -> _Window:
@@ -294,7 +299,7 @@ class EncodeMixin(_PreTrainedModel):
         progress_bar = tqdm(total=len(sentences), unit="text", disable=not show_progress_bar, desc="encode")
         results: list[torch.Tensor] = []
         cut_texts = cut_tokens = 0
-        with _evaluation_mode(self), progress_bar:
+        with evaluation_mode(self), progress_bar:
             for window in _one_ahead(tokenize, windows):
                 cut_texts, cut_tokens = cut_texts + window.cut_texts, cut_tokens + window.cut_tokens
                 results += self._encode_window(
@@ -360,15 +365,34 @@ class _Window:
     cut_tokens: int
 
 
+_guard = threading.Lock()
+_evaluations: WeakKeyDictionary[torch.nn.Module, tuple[int, list[torch.nn.Module]]] = WeakKeyDictionary()
+"""How many calls a model is in evaluation mode for, and its modules that were in training mode before the first."""
+
+
 @contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards the model trains if it did before, also after an error."""
-    was_training = model.training
-    model.eval()
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards the modules train that did before, also after an error.
+
+    Several threads may use a model at the same time: the last one to finish brings the modes back.
+    """
+    with _guard:
+        calls, training = _evaluations.get(model, (0, []))
+        if not calls:
+            training = [module for module in model.modules() if module.training]
+            for module in training:
+                module.training = False
+        _evaluations[model] = calls + 1, training
     try:
         yield
     finally:
-        model.train(was_training)
+        with _guard:
+            calls, training = _evaluations.pop(model)
+            if calls > 1:
+                _evaluations[model] = calls - 1, training
+            else:
+                for module in training:
+                    module.training = True
 
 
 def _one_ahead(function: Callable, items: Iterable) -> Iterator:

@@ -32,6 +32,7 @@ from .configuration_jina_bert import JinaBertConfig
 from .encoding import EncodeMixin
 from .layers import JinaBertEmbeddings, JinaBertEncoder, JinaBertLayer, JinaBertPooler, JinaBertSelfAttention
 from .masked_lm_head import JinaBertLMPredictionHead, JinaBertOnlyMLMHead
+from .onednn import multiplies
 from .packing import Sequences
 
 logger = logging.getLogger(__name__)
@@ -40,11 +41,7 @@ logger = logging.getLogger(__name__)
 @functools.cache
 def warn_if_emulated(dtype: torch.dtype, device: torch.device):
     """Logs one warning if the CPU has no instructions for this half precision and emulates it, far slower."""
-    supported = {
-        torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
-        torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
-    }.get(dtype)
-    if device.type == "cpu" and supported is not None and not supported():
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not multiplies(dtype):
         logger.warning(
             "This CPU has no instructions for %s: float32 is many times faster. Load the model with "
             "dtype=torch.float32, or call model.float().",
@@ -129,11 +126,16 @@ class JinaBertModel(EncodeMixin, EncodeChunksMixin, JinaBertPreTrainedModel):
     ) -> torch.Tensor:
         """Embeddings and encoder, in the shape that `sequences` has the layers see."""
         if not torch.compiler.is_compiling():
-            warn_if_emulated(self.dtype, sequences.slopes.device)
+            warn_if_emulated(self._own_dtype, sequences.slopes.device)
             if sequences.slopes.device.type == "cpu":
                 keep_freed_blocks()
         hidden_states = self.embeddings(input_ids, token_type_ids, inputs_embeds)
         return self.encoder(hidden_states, sequences, output_attentions=output_attentions).last_hidden_state
+
+    @property
+    def _own_dtype(self) -> torch.dtype:
+        """`self.dtype`, also in a replica of `nn.DataParallel`, which has tensors and no parameters."""
+        return self.embeddings.LayerNorm.weight.dtype
 
     def _records_layers(self, kwargs: dict) -> bool:
         """Whether outputs of single layers are asked for: they have the shape of the batch, so it is not packed."""
@@ -182,7 +184,7 @@ class JinaBertModel(EncodeMixin, EncodeChunksMixin, JinaBertPreTrainedModel):
             attention_mask,
             batch,
             length,
-            dtype=self.dtype,
+            dtype=self._own_dtype,
             device=given.device,
             pack=not self._records_layers(kwargs),
             sparse=self.config.sparse_attention,
@@ -246,7 +248,7 @@ class JinaBertForMaskedLM(JinaBertPreTrainedModel):
             labels, `(labelled, vocab_size)` in row-major order of the labelled positions, and None in training mode:
             the loss is then computed a block of positions at a time, and no more logits than that exist.
         """
-        outputs = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs, return_dict=True)
         hidden_states = outputs.last_hidden_state
         if labels is not None and self.config.sparse_prediction:
             labelled = labels != -100
@@ -306,7 +308,7 @@ class JinaBertForSequenceClassification(JinaBertPreTrainedModel):
                 `(batch, num_labels)` float for several labels. `config.problem_type` decides; unset, it is inferred.
             **kwargs: See there.
         """
-        outputs = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs, return_dict=True)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None
         if labels is not None:
@@ -345,7 +347,7 @@ class JinaBertForTokenClassification(JinaBertPreTrainedModel):
         **kwargs,
     ) -> TokenClassifierOutput:
         """Logits `(batch, length, num_labels)`; labels are `(batch, length) int64`, -100 where ignored."""
-        outputs = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs, return_dict=True)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
@@ -376,7 +378,7 @@ class JinaBertForQuestionAnswering(JinaBertPreTrainedModel):
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
         """Start and end logits `(batch, length)` each; positions are `(batch,) int64`, beyond the length ignored."""
-        outputs = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs, return_dict=True)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -420,7 +422,7 @@ class JinaBertForMultipleChoice(JinaBertPreTrainedModel):
         choices = given.shape[1]
         flat = (x.flatten(0, 1) if x is not None else None for x in (input_ids, attention_mask, token_type_ids))
         inputs_embeds = inputs_embeds.flatten(0, 1) if inputs_embeds is not None else None
-        outputs = self.bert(*flat, inputs_embeds, **kwargs)
+        outputs = self.bert(*flat, inputs_embeds, **kwargs, return_dict=True)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
         loss = CrossEntropyLoss()(logits, labels) if labels is not None else None
         return MultipleChoiceModelOutput(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, LargestTensor, tiny_config
 
-from modeling_jina_bert import JinaBertModel, alibi_slopes, cpu_attention
+from modeling_jina_bert import JinaBertModel, alibi_slopes, cpu_attention, cpu_products
 from modeling_jina_bert import attention as attention_module
 from modeling_jina_bert.attention import ATTENTION_FUNCTIONS, eager_attention, flex_attention, sdpa_attention
 from modeling_jina_bert.packing import Sequences
@@ -218,6 +218,27 @@ def test_memory_of_left_padding_is_that_of_a_block_of_queries(monkeypatch, train
     assert 0 < largest_tensor(mask, training=training) <= 8 * 2**20 < 4 * 4 * 2048 * 2048
 
 
+@pytest.mark.parametrize("by_products", [False, True])
+def test_what_is_kept_for_the_backward_pass_is_linear_in_the_length(monkeypatch, by_products):
+    """The sum of all tensors, which many small ones could make quadratic."""
+    monkeypatch.setattr(cpu_products, "mkl_is_slow", lambda: by_products)
+    monkeypatch.setattr(cpu_products, "multiplies_bf16", lambda: by_products)
+    model = JinaBertModel(tiny_config(vocab_size=100)).train().bfloat16()
+    found = {}
+    for length in (1024, 4096):
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            states = model(torch.randint(1, 100, (1, length))).last_hidden_state
+        found[length] = sum(kept.values())
+        assert found[length] > states.nbytes
+    assert found[4096] <= 4.05 * found[1024]
+
+
 PEAK_MEMORY = """
 import sys
 import torch
@@ -258,6 +279,20 @@ def test_peak_memory_of_the_process_at_base_width(dtype, most):
     hidden_states = 8192 * 768 * getattr(torch, dtype).itemsize
     assert hidden_states < peaks[8192] < most
     assert peaks[16384] < 2.3 * peaks[8192]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
+def test_peak_memory_at_base_width_at_32768_tokens():
+    process = subprocess.run(
+        [sys.executable, "-c", PEAK_MEMORY, "bfloat16", "8192", "32768"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert process.returncode == 0, process.stderr
+    peaks = {int(length): int(peak) for length, peak in map(str.split, process.stdout.splitlines())}
+    assert peaks[32768] <= 4 * peaks[8192]
 
 
 def test_the_memory_test_sees_a_quadratic_tensor():

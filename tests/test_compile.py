@@ -39,9 +39,14 @@ def test_the_layers_are_one_graph_for_all_lengths(model):
     assert frames == [frames[0]] * len(SHAPES)
 
 
-def test_training_the_compiled_layers(model):
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_training_the_compiled_layers(implementation, post_norm):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = JinaBertModel(tiny_config(vocab_size=100, qk_post_norm=post_norm)).train()
+    model.set_attn_implementation(implementation)
     inputs = batch(3, 70)
-    model.train()
     gradients = []
     counter = CompileCounterWithBackend("aot_eager")
     for compiled in (False, True):

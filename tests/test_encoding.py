@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from modeling_jina_bert import JinaBertModel, count_truncations
+from modeling_jina_bert import JinaBertModel, count_truncations, onednn
 from modeling_jina_bert.encoding import token_budget_batches
 
 TEXTS = ["short", "", "a few more words here", "word " * 600, "x", "the same text", "the same text", "word " * 50]
@@ -64,19 +64,33 @@ def test_texts_without_any_token_are_zero(model):
     assert model.encode("", add_special_tokens=False, output_value="token_embeddings").shape == (0, 64)
 
 
-def test_half_precision_without_instructions_for_it_is_said(model, caplog, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_without_instructions_for_it_is_said(model, caplog, monkeypatch, dtype):
     module = sys.modules[type(model).__module__]
-    half = JinaBertModel(tiny_config(vocab_size=100, num_hidden_layers=1)).to(torch.bfloat16)
+    half = JinaBertModel(tiny_config(vocab_size=100, num_hidden_layers=1)).to(dtype)
     for supported, warnings in ((False, 1), (True, 0)):
         caplog.clear()
         module.warn_if_emulated.cache_clear()
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        monkeypatch.setattr(module, "multiplies", lambda asked, supported=supported: supported and asked == dtype)
         with caplog.at_level(logging.WARNING):
             half(torch.tensor([[1, 2]]))
             half(torch.tensor([[1, 2]]))
             model.encode("float32")
         assert len(caplog.records) == warnings
     module.warn_if_emulated.cache_clear()
+
+
+def test_instructions_for_half_precision(monkeypatch):
+    """Of x86, AVX512 without BF16 has none, whatever torch's own answer is; elsewhere that is all there is."""
+    for own in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda own=own: own)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda own=own: own)
+        for has in (False, True):
+            monkeypatch.setattr(onednn, "multiplies_bf16", lambda has=has: has)
+            for machine, expected in (("x86_64", has), ("AMD64", has), ("aarch64", own)):
+                monkeypatch.setattr(onednn.platform, "machine", lambda machine=machine: machine)
+                assert onednn.multiplies(torch.bfloat16) == expected
+                assert onednn.multiplies(torch.float16) == own
 
 
 def test_shapes_and_types(model):
@@ -165,8 +179,11 @@ def test_bad_input_is_named(model, call, message):
 
 
 def test_no_tokenizer_is_an_error():
-    with pytest.raises(ValueError, match="assign a tokenizer"):
-        JinaBertModel(tiny_config(vocab_size=100)).encode("x")
+    model = JinaBertModel(tiny_config(vocab_size=100))
+    assert model.tokenizer is None
+    for call in (model.encode, model.encode_chunks):
+        with pytest.raises(ValueError, match="assign a tokenizer"):
+            call("x")
 
 
 TOKENIZERS = {

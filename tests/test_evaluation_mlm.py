@@ -20,7 +20,7 @@ from evaluation import mlm, mlm_models
 from evaluation.mlm_models import extended_positions, load_masked_lm, score_text
 from evaluation.mlm_texts import (
     MaskedText,
-    frequency_scores,
+    context_free_scores,
     mask_words,
     masked_texts,
     shuffled,
@@ -241,14 +241,15 @@ def test_shuffled_words_change_what_a_model_scores(folders, text):
     assert found["shuffled"] != pytest.approx(found["table"], rel=1e-4)
 
 
-def test_word_frequencies_by_hand():
-    """Targets 7 7 5 and 7 9: 7 is right in three of five, and costs log(5/3)."""
+def test_what_ignores_the_context_by_hand():
+    """Of the targets 7 7 5 and 7 9 the 7 is three fifths; a token that is shown is the original half of the time."""
     original = torch.tensor([[7, 7, 5, 1], [7, 9, 9, 9]])
+    shown = torch.tensor([[0, 5, 5, 1], [0, 0, 9, 9]])  # 0 is [MASK]; 7 became 5, 5 stayed
     targets = torch.tensor([[True, True, True, False], [True, True, False, False]])
-    texts = [MaskedText("here:1", *row) for row in zip(original, original, targets, strict=True)]
-    (first, second) = frequency_scores(texts)
+    texts = [MaskedText("here:1", *row) for row in zip(original, shown, targets, strict=True)]
+    first, second = context_free_scores(texts, 0)
     assert (first[:2], second[:2]) == ((3, 2), (2, 1))
-    assert first[2] == pytest.approx(2 * math.log(5 / 3) + math.log(5))
+    assert first[2] == pytest.approx(math.log(5 / 3) - math.log(0.5 * 3 / 5) - math.log(0.5 + 0.5 / 5))
     assert second[2] == pytest.approx(math.log(5 / 3) + math.log(5))
 
 
@@ -302,7 +303,7 @@ def test_a_run_from_the_command_line_is_complete_and_resumes(folders, data, tmp_
         ("BERT", 33, "table"),
         ("BERT", 33, "shuffled"),
         *(("BERT", length, way) for length in (64, 130) for way in ("interpolated", "repeated")),
-        ("word frequencies", 33, None),
+        ("without context", 33, None),
     ]
     assert len({json.dumps([(y["place"], y["targets"]) for y in x["documents"]]) for x in records}) == 1
     assert len({x["settings"]["masks_sha256"] for x in records}) == 1
@@ -342,7 +343,7 @@ def test_a_retrained_model_is_scored_anew(folders, data, tmp_path, tokenizer):
             ["--model", str(tmp_path / "model"), "--data", str(data), *sizes, "--output", str(tmp_path / "r.json")]
         )
         records = json.loads((tmp_path / "r.json").read_text())["records"]
-        assert [x["positions"] for x in records if x["positions"] is None] == [None]  # one of word frequencies
+        assert [x["positions"] for x in records if x["positions"] is None] == [None]  # the one without context
         settings.append([x["metrics"]["loss"] for x in records if x["positions"] == "table"])
         with torch.no_grad():
             model.cls.predictions.bias[1500] += 3

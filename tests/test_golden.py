@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_jina_bert import JinaBertForMaskedLM, JinaBertForSequenceClassification, JinaBertModel, mean_pooling
+from modeling_jina_bert import (
+    JinaBertForMaskedLM,
+    JinaBertForSequenceClassification,
+    JinaBertModel,
+    attention_tiles,
+    count_scores,
+    mean_pooling,
+)
 
 TOLERANCE = {torch.float32: (3e-5, 5e-5), torch.float64: (1e-10, 1e-10)}  # hidden states, logits
 PATHS = [(impl, dtype) for impl in ("eager", "sdpa") for dtype in TOLERANCE]
@@ -38,6 +45,29 @@ def test_hidden_states(golden, implementation, dtype):
         assert gap(outputs.pooler_output, expected[f"f64.{name}.pooler_output"]) < hidden
         pooled = mean_pooling(states, inputs["attention_mask"])  # float32 by definition
         assert gap(pooled, expected[f"f64.{name}.mean_pooled"]) < 3e-5
+
+
+@torch.no_grad()
+def test_hidden_states_by_flex_attention(golden):
+    """Uncompiled, as on the CPU; what is not packed, as left padding, takes the path of sdpa."""
+    model = JinaBertModel.from_pretrained(golden.folder / "plain", dtype=torch.float32)
+    model.set_attn_implementation("flex_attention")
+    for name in ("batch", "long"):
+        pooled = mean_pooling(model(**golden.inputs(name)).last_hidden_state, golden.inputs(name)["attention_mask"])
+        assert gap(pooled, golden.tensors[f"f64.{name}.mean_pooled"]) < 3e-5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@torch.no_grad()
+def test_hidden_states_without_what_is_below_rounding(golden, dtype, monkeypatch):
+    """The longest text, of 1,100 tokens, looked at for what can be left out as if it were a long one."""
+    monkeypatch.setattr(attention_tiles, "SPARSE_LENGTH", 512)
+    monkeypatch.setattr(attention_tiles, "BLOCK", 64)
+    model = JinaBertModel.from_pretrained(golden.folder / "plain", dtype=dtype)
+    with count_scores() as count:
+        states = model(**golden.inputs("long")).last_hidden_state
+    assert count.skipped_share > 0.02
+    assert gap(states[:, ::10], golden.tensors["f64.long.every_10th_hidden_state"]) < TOLERANCE[dtype][0]
 
 
 @paths

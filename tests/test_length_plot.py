@@ -72,20 +72,20 @@ def test_the_figure_draws_every_system_from_where_its_positions_begin():
 
 
 def test_references_are_single_points():
-    """Shuffled words beside the model's own accuracy; word frequencies, at whatever length, beside themselves."""
+    """Shuffled words beside the model's own accuracy; what ignores the context, at whatever length, beside itself."""
     references = [
         record("A", 512, [20, 20, 30, 30], positions="shuffled"),
-        record("word frequencies", 256, [10, 10, 10, 10], positions=None),
+        record("without context", 256, [10, 10, 10, 10], positions=None),
     ]
-    *_, shuffled, frequencies = found = length_plot.points([*RECORDS, *references], 512)
+    *_, shuffled, ignorant = found = length_plot.points([*RECORDS, *references], 512)
     assert (shuffled.system, shuffled.accuracy, shuffled.ratio) == ("A shuffled", 0.25, 0.5)
-    assert (frequencies.system, frequencies.accuracy, frequencies.ratio) == ("word frequencies", 0.1, 1.0)
+    assert (ignorant.system, ignorant.accuracy, ignorant.ratio) == ("without context", 0.1, 1.0)
     lines = length_plot.curves(found)
     assert {name: len(line) for name, line in lines.items()} == {
-        "word frequencies": 1, "A": 2, "B": 1, "A shuffled": 1, "B interpolated": 2, "B repeated": 2,
+        "without context": 1, "A": 2, "B": 1, "A shuffled": 1, "B interpolated": 2, "B repeated": 2,
     }  # fmt: skip
     text = length_plot.caption([*RECORDS, *references])
-    assert "Word frequencies: the best answer" in text
+    assert "Without context: the best answer" in text
     assert "Shuffled: what is not masked" in text
     assert "Shuffled" not in length_plot.caption(RECORDS)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, SHIPPED
 
-from modeling_jina_bert import JinaBertModel, alibi_slopes, count_scores
+from modeling_jina_bert import JinaBertModel, alibi_slopes, count_scores, cpu_products
 from modeling_jina_bert.cpu_attention import alibi_attention
 from modeling_jina_bert.sparsity import least_window, window_bound
 
@@ -147,6 +147,34 @@ def test_on_equals_off(name):
         # The sums behind a gradient have terms of the size of the keys, whatever they cancel to.
         scale = torch.finfo(torch.float32).eps * max(1.0, reference.abs().max().item(), key.abs().max().item())
         assert (with_skipping - reference).abs().max() <= 2 * (without - reference).abs().max() + 16 * scale
+
+
+@pytest.mark.parametrize("name", adversarial())
+def test_on_equals_off_by_products(name, monkeypatch):
+    """bfloat16, where attention is batched products: values and gradients as near to the exact ones as all scores."""
+    monkeypatch.setattr(cpu_products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(cpu_products, "multiplies_bf16", lambda: True)
+    query, key = (x.transpose(0, 1).bfloat16() for x in adversarial()[name])
+    value, weights = torch.randn(2, LENGTH, HEADS, SIZE, generator=torch.Generator().manual_seed(1)).bfloat16()
+    slopes = torch.tensor(alibi_slopes(HEADS))
+    offsets = torch.tensor([0, 2100, 2110, LENGTH])
+
+    def run(sparse: bool, dtype: torch.dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+        of_dtype = torch.promote_types(dtype, torch.float32)
+        with count_scores() as count:
+            context, _ = alibi_attention(*inputs, slopes.to(of_dtype), offsets, SCALING, sparse, True)
+        return count, (context, *torch.autograd.grad((context.to(of_dtype) * weights).sum(), inputs))
+
+    _, exact = run(False, torch.float64)
+    all_scores, off = run(False, torch.bfloat16)
+    kept_scores, on = run(True, torch.bfloat16)
+    assert all_scores.skipped_share == 0
+    if name == "random":
+        assert kept_scores.skipped_share > 0.15
+    for reference, without, with_skipping in zip(exact, off, on, strict=True):
+        scale = torch.finfo(torch.bfloat16).eps * max(1.0, reference.abs().max().item())
+        assert (with_skipping - reference).abs().max() <= 1.1 * (without - reference).abs().max() + scale
 
 
 @torch.no_grad()

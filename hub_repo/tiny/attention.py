@@ -79,7 +79,8 @@ def eager_attention(
     query, key, value = (_heads_first(x, sequences) for x in (query, key, value))
     scores = (query @ key.transpose(-1, -2)) * scaling
     probabilities = nn.functional.softmax(scores + _dense_bias(sequences), dim=-1).to(query.dtype)
-    probabilities = nn.functional.dropout(probabilities, p=dropout, training=dropout > 0)
+    if dropout:
+        probabilities = nn.functional.dropout(probabilities, p=dropout)
     return _tokens_first(probabilities @ value, sequences), probabilities
 
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from .encoding import check_text, token_budget_batches
+from .encoding import check_text, evaluation_mode, token_budget_batches
 from .packing import Sequences
 
 TOKENS_PER_BATCH = 16384
@@ -259,9 +259,7 @@ class EncodeChunksMixin(_PreTrainedModel):
             raise ValueError(f"truncate_dim={truncate_dim} is not in 1 ... {self.config.hidden_size} (hidden_size).")
 
         results: list[list[Chunk]] = []
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluation_mode(self):
             for group in _groups(texts):
                 documents = self._documents([(index, texts[index], cuts[index]) for index in group])
                 self._add_hidden_states(documents, window, overlap)
@@ -271,8 +269,6 @@ class EncodeChunksMixin(_PreTrainedModel):
                         embeddings = torch.nn.functional.normalize(embeddings, p=2, dim=1)
                     rows = embeddings if convert_to_tensor else embeddings.cpu().numpy()
                     results.append(document.with_embeddings(rows))
-        finally:
-            self.train(was_training)
         return results[0] if single else results
 
     def _window_tokens(self, max_length: int | str | None, overlap: int) -> int | None:
@@ -283,7 +279,7 @@ class EncodeChunksMixin(_PreTrainedModel):
             raise ValueError(f'max_length={max_length!r} is not a number of tokens, "model" or None.')
         if max_length is not None and not 0 <= overlap < max_length:
             raise ValueError(f"overlap={overlap} tokens is not at least 0 and less than max_length={max_length}.")
-        if not self.tokenizer.is_fast:
+        if not self._needed_tokenizer().is_fast:
             raise ValueError(
                 f"{type(self.tokenizer).__name__} is a slow tokenizer, which does not tell the characters of its "
                 "tokens: assign a fast one (with a tokenizer.json) to model.tokenizer."

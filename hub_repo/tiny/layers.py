@@ -40,7 +40,8 @@ class JinaBertEmbeddings(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         if token_type_ids is None:
-            token_types = self.token_type_embeddings.weight[0]
+            # By the module, not its weight: where embeddings are offloaded, calling it brings them.
+            token_types = self.token_type_embeddings(inputs_embeds.new_zeros(1, dtype=torch.int64))[0]
         else:
             token_types = self.token_type_embeddings(token_type_ids)
         return self.dropout(self.LayerNorm(inputs_embeds + token_types))
@@ -93,7 +94,7 @@ class JinaBertSelfOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if not self.training and applies(context, self.dense):
+        if applies(context, self.dense, self.dropout):
             return self.LayerNorm(linear_plus(self.dense, context, residual))
         return self.LayerNorm(self.dropout(self.dense(context)) + residual)
 
@@ -144,7 +145,8 @@ class JinaBertMLP(nn.Module):
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         activation = _FUSED_ACTIVATIONS.get(type(self.act))
-        if activation is not None and not self.training and applies(hidden_states, self.gated_layers, self.wo):
+        layers = self.gated_layers, self.act, self.dropout, self.wo
+        if activation is not None and applies(hidden_states, *layers):
             product = gated(self.gated_layers, hidden_states, activation=activation, gate_first=True)
             return self.layernorm(linear_plus(self.wo, product, hidden_states))
         gate, factor = linear(self.gated_layers, hidden_states).chunk(2, dim=-1)
@@ -166,8 +168,8 @@ class JinaBertPostNormMLP(nn.Module):
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         activation = _FUSED_ACTIVATIONS.get(type(self.act))
-        layers = self.up_gated_layer, self.down_layer
-        if activation is not None and not self.training and applies(hidden_states, *layers):
+        layers = self.up_gated_layer, self.act, self.dropout, self.down_layer
+        if activation is not None and applies(hidden_states, *layers):
             product = gated(self.up_gated_layer, hidden_states, activation=activation, gate_first=False)
             return linear(self.down_layer, product)
         factor, gate = linear(self.up_gated_layer, hidden_states).chunk(2, dim=-1)

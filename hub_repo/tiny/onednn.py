@@ -12,6 +12,7 @@ TRAP: the operator wants contiguous operands; for a strided one it takes a refer
 """
 
 import functools
+import platform
 from typing import Any
 
 import torch
@@ -31,8 +32,23 @@ def mkl_is_slow() -> bool:
 @functools.cache
 def multiplies_bf16() -> bool:
     """Whether the processor has products of bfloat16 (AVX512-BF16 or AMX)."""
-    features = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return any(supported is not None and supported() for supported in features)
+    return any(_has(f"_is_{name}_supported", torch.cpu) for name in ("avx512_bf16", "amx_tile"))
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the processor, of whatever make, has products of this half precision; True where torch cannot tell.
+
+    TRAP: of x86 torch's own answer for bfloat16 is that of AVX512, which came before them.
+    """
+    if dtype == torch.bfloat16 and platform.machine() in ("x86_64", "AMD64"):
+        return multiplies_bf16()
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return _has(f"_is_mkldnn_{name}_supported", torch.ops.mkldnn, unknown=True)
+
+
+def _has(name: str, module: Any, *, unknown: bool = False) -> bool:
+    supported = getattr(module, name, None)
+    return unknown if supported is None else bool(supported())
 
 
 def on_grid(rows: int) -> int:
@@ -52,19 +68,28 @@ def _pays(dtype: torch.dtype) -> bool:
     return (dtype == torch.float32 and mkl_is_slow()) or (dtype == torch.bfloat16 and multiplies_bf16())
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer is nothing but its product."""
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and layer.weight.is_contiguous()
-        and "forward" not in vars(layer)  # accelerate's hooks replace it
-        and not any(getattr(layer, name) for name in _HOOKS)
-    )
+def _is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling the layer is nothing but its product, its activation, or, of dropout, nothing at all."""
+    if "forward" in vars(layer) or any(getattr(layer, name) for name in _HOOKS):  # accelerate replaces `forward`
+        return False
+    if isinstance(layer, nn.Linear):
+        weight = layer.weight
+        return (
+            type(layer) is nn.Linear
+            and type(weight) is nn.Parameter
+            and weight.is_contiguous()
+            and weight.dtype == dtype
+        )
+    return not isinstance(layer, nn.Dropout) or (type(layer) is nn.Dropout and not layer.training)
 
 
 def applies(hidden_states: torch.Tensor, *layers: nn.Module) -> bool:
-    """Whether the functions below compute these layers on these inputs; otherwise call the layers."""
+    """Whether the functions below compute these layers on these inputs; otherwise call the layers.
+
+    Args:
+        hidden_states: Of the first of the layers.
+        layers: Products, and the activations and dropouts between them, which are not called either.
+    """
     return (
         hidden_states.device.type == "cpu"
         and not torch.is_grad_enabled()
@@ -75,7 +100,7 @@ def applies(hidden_states: torch.Tensor, *layers: nn.Module) -> bool:
         and hidden_states.is_contiguous()
         and hidden_states.numel() > 0
         and _pays(hidden_states.dtype)
-        and all(_is_plain(layer) and layer.weight.dtype == hidden_states.dtype for layer in layers)
+        and all(_is_plain(layer, hidden_states.dtype) for layer in layers)
     )
 
 
