@@ -185,7 +185,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mlm-probability", type=float, default=0.3, help="share of the words (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of the masks (%(default)s)")
     parser.add_argument("--trained-length", type=int, default=512, help="tokens; the reference length (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="of torch (%(default)s)")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, ... (default: a GPU if there is one)",
+    )
     parser.add_argument("--output", required=True, type=Path, help="JSON file; a run goes on from what it holds")
     parser.add_argument("--markdown", type=Path, help="file for the table in Markdown")
     parser.add_argument("--plot", type=Path, help="file for the figure (.png, .svg or .pdf)")

@@ -34,6 +34,15 @@ from training.recipe import ContrastiveRecipe, RecipeError, load_recipe
 from training.run import TrainingDiverged, exit_on_recipe_error
 
 
+def test_the_attention_of_a_recipe(start, tmp_path):
+    for name in (None, "eager", "flex_attention"):
+        asked = [] if name is None else [f"attn_implementation={name}"]
+        model = load_model(recipe("pairs", start, tmp_path, *asked))
+        assert model[0].auto_model.config._attn_implementation == (name or "sdpa")
+    with pytest.raises(RecipeError, match="nothing"):
+        load_model(recipe("pairs", start, tmp_path, "attn_implementation=nothing"))
+
+
 def test_stage_three_resumes_bit_for_bit(start, tmp_path):
     """Two sources, dropout, accumulation, token budget; the second half with a worker that fetches ahead."""
     changes = ("mini_batch_tokens=100", "num_negatives=3", "training.gradient_accumulation_steps=2")

@@ -5,7 +5,9 @@ Also pins: a Hub data set is read in worker processes; Ray is asked for only whe
 
 import json
 import os
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -124,3 +126,15 @@ def test_ray_is_asked_for_only_where_it_is_wanted(data, tmp_path, monkeypatch):
     assert {type(executor).__name__ for executor in chain.values()} == {"RayPipelineExecutor"}
     assert chain["tokens"].world_size == 3
     assert chain["tokens"].mem_per_cpu_gb == 4
+
+
+def test_c4_goes_to_ray_as_its_recipe_says(tmp_path, monkeypatch):
+    """The command of its comment; null takes back an option that Slurm alone has."""
+    monkeypatch.setattr(executors, "find_spec", lambda name: True)
+    (said,) = re.findall(r"^# A Ray cluster: (.*), with", (RECIPES / "corpus-c4.yaml").read_text(), re.MULTILINE)
+    changes = shlex.split(said)
+    assert len(changes) == 3
+    ours = load_recipe(CorpusRecipe, RECIPES / "corpus-c4.yaml", [f"output_dir={tmp_path}", *changes])
+    chain = executors.executors(ours, corpus.stages(ours), job="corpus")
+    assert {type(executor).__name__ for executor in chain.values()} == {"RayPipelineExecutor"}
+    assert chain["filter"].mem_per_cpu_gb == 4

@@ -6,13 +6,13 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from corpus_data import GERMAN, document, english
+from corpus_data import GERMAN, RECIPES, document, english
 from tokenizers import Tokenizer
 
 from training import corpus
-from training.corpus_recipe import Quality
-from training.corpus_steps import LinguaFilter, QualityFilter, ShardFiles, TokenShards, hold, share, windows
-from training.recipe import RecipeError, Source
+from training.corpus_recipe import CorpusRecipe, Quality
+from training.corpus_steps import LinguaFilter, OpenFiles, QualityFilter, ShardFiles, TokenShards, hold, share, windows
+from training.recipe import RecipeError, Source, load_recipe
 from training.source_files import open_source
 
 
@@ -67,6 +67,22 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     finally:
         other.communicate("")
     hold(str(lock), alone=True)
+
+
+def test_a_task_may_open_a_file_for_every_task_before_it():
+    """The limit that most systems set is below the 1,024 signatures of C4."""
+    code = """if True:
+        import resource
+        from training.corpus_steps import OpenFiles
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+        assert list(OpenFiles().run(iter([1, 2]))) == [1, 2]
+        print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] == most > 64)
+    """
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout == "True\n", process.stderr
+    stages = {stage.name: stage for stage in corpus.stages(load_recipe(CorpusRecipe, RECIPES / "corpus-c4.yaml"))}
+    assert any(isinstance(step, OpenFiles) for step in stages["buckets"].pipeline)
 
 
 @pytest.mark.parametrize(("files", "tasks"), [(1, 4), (3, 7), (4, 4), (5, 2)])

@@ -348,6 +348,15 @@ def test_the_recipes_are_the_papers(size, learning_rate):
 
 
 @pytest.mark.slow
+def test_the_attention_of_a_recipe(tmp_path, tokenizer):
+    assert mlm.build_model(recipe(tmp_path), tokenizer).config._attn_implementation == "sdpa"
+    for name in ("eager", "flex_attention"):
+        model = mlm.build_model(recipe(tmp_path, f"attn_implementation={name}"), tokenizer)
+        assert model.bert.config._attn_implementation == name
+    with pytest.raises(RecipeError, match="attn_implementation='nothing'"):
+        mlm.build_model(recipe(tmp_path, "attn_implementation=nothing"), tokenizer)
+
+
 def test_compiled_layers_train_alike(run, tmp_path, monkeypatch):
     compiled = []
     compile_module = torch.nn.Module.compile

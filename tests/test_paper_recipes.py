@@ -72,8 +72,9 @@ def test_the_road_at_full_size_is_one():
     assert len(prepared) == 40
     assert all(source.url == f"https://huggingface.co/datasets/{source.hub}" for source in prepared.values())
     folder = Path(preparation.output_dir).relative_to(pairs.data_dir)
+    too_small = {"mr_tydi", "billsum", "squad"}  # for a batch of eight GPUs
     assert {source.name: source.path for source in pairs.sources} == {
-        name: f"{folder}/pairs/{name}/*.parquet" for name in prepared
+        name: f"{folder}/pairs/{name}/*.parquet" for name in prepared if name not in too_small
     }
     for recipe in (pairs, mining, last):
         for source in recipe.sources:

@@ -59,10 +59,14 @@ def load_model(recipe: ContrastiveRecipe) -> SentenceTransformer:
             folder,
             max_seq_length=recipe.max_length,
             # TRAP: a folder that says float16 would be trained in float16.
-            model_kwargs={"trust_remote_code": True, "dtype": torch.float32},
+            model_kwargs={
+                "trust_remote_code": True,
+                "dtype": torch.float32,
+                "attn_implementation": recipe.attn_implementation,
+            },
             config_kwargs={"trust_remote_code": True},
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"model {recipe.model}: {error}") from error
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
     model = SentenceTransformer(modules=[transformer, pooling, Normalize()])

@@ -93,7 +93,7 @@ def _minhash_stages(recipe: CorpusRecipe, root: Path) -> tuple[list[Stage], list
     from datatrove.pipeline.dedup import minhash
     from datatrove.pipeline.readers import JsonlReader
 
-    from .corpus_steps import Removed, Tally, Words
+    from .corpus_steps import OpenFiles, Removed, Tally, Words
 
     options = dataclasses.asdict(recipe.minhash)
     workers = options.pop("workers_per_bucket")
@@ -102,7 +102,7 @@ def _minhash_stages(recipe: CorpusRecipe, root: Path) -> tuple[list[Stage], list
         str(root / "work" / name) for name in ("filtered", "signatures", "buckets", "remove")
     )
     signing = [JsonlReader(filtered), minhash.MinhashDedupSignature(signatures, config, language=Words())]
-    matching = [minhash.MinhashDedupBuckets(signatures, buckets, config=config)]
+    matching = [OpenFiles(), minhash.MinhashDedupBuckets(signatures, buckets, config=config)]
     clustering = [minhash.MinhashDedupCluster(buckets, remove, config=config)]
     excluded = Removed(str(root / "removed" / "minhash"), recipe.removed_examples)
     return [

@@ -8,6 +8,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import resource
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -85,6 +86,18 @@ class Hold(PipelineStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         hold(self.path)
+        return data
+
+
+class OpenFiles(PipelineStep):
+    """First step of a task that opens a file for every task of the stage before: as many as the system allows it."""
+
+    type = "LIMIT"
+    name = "open files"
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         return data
 
 

@@ -68,7 +68,8 @@ def executors(recipe: Any, stages: Sequence[Stage], *, job: str) -> dict[str, "P
 def _executor(recipe: Any, stage: Stage, job: str, previous: "PipelineExecutor | None") -> "PipelineExecutor":
     kind = recipe.executor.kind
     cls = getattr(import_module(f"datatrove.executor.{kind}"), _EXECUTORS[kind])
-    options = {**(recipe.executor.options or {}), **(recipe.executor.stages or {}).get(stage.name, {})}
+    given = {**(recipe.executor.options or {}), **(recipe.executor.stages or {}).get(stage.name, {})}
+    options = {key: value for key, value in given.items() if value is not None}  # null takes back what was said
     for key in options:
         if key in _DECIDED or key not in inspect.signature(cls).parameters:
             raise RecipeError(f"executor: {key} is not an option of datatrove's {cls.__name__} that can be set.")

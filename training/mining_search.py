@@ -10,6 +10,7 @@ run that goes on builds it again.
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -156,7 +157,10 @@ class BM25Search:
             return np.full((len(queries), k), -1, np.int32)
         tokens = self._tokens(self._queries.take(queries))
         k_found = min(k, self._size)
-        found, scores = self._index.retrieve(tokens, k=k_found, show_progress=False, backend_selection="numpy")
+        threads = len(os.sched_getaffinity(0))
+        found, scores = self._index.retrieve(
+            tokens, k=k_found, show_progress=False, backend_selection="numpy", n_threads=threads if threads > 1 else 0
+        )
         found = np.where(scores > 0, found, -1)
         order = np.lexsort((found, -scores), axis=1)
         found = np.take_along_axis(found, order, axis=1).astype(np.int32)

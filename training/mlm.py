@@ -67,7 +67,13 @@ def build_model(recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTra
         )
     if len(tokenizer) > config.vocab_size:
         raise RecipeError(f"model.vocab_size={config.vocab_size} is below the tokenizer's {len(tokenizer)} entries.")
-    return model_class(config)
+    model = model_class(config)
+    if recipe.attn_implementation is not None:
+        try:
+            model.set_attn_implementation(recipe.attn_implementation)
+        except (ValueError, ImportError) as error:
+            raise RecipeError(f"attn_implementation={recipe.attn_implementation!r}: {error}") from error
+    return model
 
 
 class MLMTrainer(MonitoredTrainer):

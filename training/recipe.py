@@ -115,6 +115,8 @@ class MLMRecipe:
         global_batch_size: Sequences of an optimiser step over all processes; gradient accumulation follows from it.
             None, or `training.gradient_accumulation_steps` where it is given, leaves it to the latter.
         compile: Whether to compile the layers (torch.compile, once for all lengths).
+        attn_implementation: "sdpa", "eager", or, of JinaBERT on CUDA, "flex_attention" or "flash_attention_2"; None is
+            sdpa.
         peak_tflops: Peak of one device at the precision of the training, in 1e12 operations a second, to log MFU by;
             None is that of the data sheet, for GPUs in `monitor.PEAK_TFLOPS` and half precision, else no MFU.
         max_loss_rise: How far, in nats, the running mean of the training loss may rise above its lowest value before
@@ -137,6 +139,7 @@ class MLMRecipe:
     heldout_sequences: int = 512
     global_batch_size: int | None = None
     compile: bool = False
+    attn_implementation: str | None = None
     peak_tflops: float | None = None
     max_loss_rise: float | None = 1.0
     training: dict[str, Any] = field(default_factory=dict)
@@ -168,6 +171,7 @@ class ContrastiveRecipe:
         model: Folder or Hub name the stage starts from: a stage I or stage II output, or a released model.
         data_dir: Root of the sources' paths.
         sources: Pairs, or pairs with negatives; every batch comes from one source.
+        attn_implementation: See `MLMRecipe`.
         max_length: Tokens a text is cut at.
         temperature: Of the InfoNCE loss; its inverse multiplies the cosine.
         bidirectional: Whether positives are compared with all anchors too, as in the paper, or anchors with all
@@ -195,6 +199,7 @@ class ContrastiveRecipe:
     model: str = MISSING
     data_dir: str = "."
     sources: list[Source] = field(default_factory=list)
+    attn_implementation: str | None = None
     max_length: int = 512
     temperature: float = 0.05
     bidirectional: bool = True
