@@ -4,6 +4,7 @@ Law: the vector of a text does not depend on the batch it was computed in. Batch
 from texts sorted by token length, and packed: no padding is computed. The next texts are tokenised meanwhile.
 """
 
+import itertools
 import logging
 import threading
 from collections import deque
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _OUTPUT_VALUES = ("sentence_embedding", "token_embeddings")
 _WINDOW = 2048  # texts tokenised in one call, and sorted by length among themselves
+_FIRST_WINDOW = 256  # those that nothing can be computed beside
 
 
 def mean_pooling(token_embeddings: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -295,7 +297,8 @@ class EncodeMixin(_PreTrainedModel):
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
         tokenize = self._tokenize_function(**tokenizer_kwargs)
-        windows = (sentences[start : start + _WINDOW] for start in range(0, len(sentences), _WINDOW))
+        starts = [0, *range(_FIRST_WINDOW, len(sentences), _WINDOW), len(sentences)]
+        windows = (sentences[start:stop] for start, stop in itertools.pairwise(starts) if start < stop)
         progress_bar = tqdm(total=len(sentences), unit="text", disable=not show_progress_bar, desc="encode")
         results: list[torch.Tensor] = []
         cut_texts = cut_tokens = 0

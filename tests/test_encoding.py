@@ -4,6 +4,7 @@ import logging
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -48,8 +49,34 @@ def test_padding_side_does_not_matter(model, tokenizer):
 def test_texts_beyond_one_tokenizer_window(model, monkeypatch):
     """Windows are tokenised ahead of the forward pass; order and truncation counts survive them."""
     expected = model.encode(TEXTS, max_length=32)
-    monkeypatch.setattr(sys.modules[type(model).encode.__module__], "_WINDOW", 3)
-    np.testing.assert_allclose(model.encode(TEXTS, max_length=32), expected, atol=2e-6)
+    module = sys.modules[type(model).encode.__module__]
+    monkeypatch.setattr(module, "_WINDOW", 3)
+    for first in (1, 2, len(TEXTS), 100):
+        monkeypatch.setattr(module, "_FIRST_WINDOW", first)
+        np.testing.assert_allclose(model.encode(TEXTS, max_length=32), expected, atol=2e-6)
+        assert model.encode([]).shape == (0, 64)
+
+
+def test_the_next_texts_are_tokenised_during_the_forward_pass(model, monkeypatch):
+    """The first pass waits for the second call of the tokenizer, which would never come if it were not under way."""
+    monkeypatch.setattr(sys.modules[type(model).encode.__module__], "_FIRST_WINDOW", 2)
+    calls, called_again = [], Event()
+    tokenizer, compute = model.tokenizer, model._hidden_states
+
+    def tokenize(texts, **options):
+        calls.append(len(texts))
+        if len(calls) == 2:
+            called_again.set()
+        return tokenizer(texts, **options)
+
+    def wait_and_compute(*arguments, **options):
+        assert called_again.wait(10)
+        return compute(*arguments, **options)
+
+    monkeypatch.setattr(model, "_needed_tokenizer", lambda: tokenize)
+    monkeypatch.setattr(model, "_hidden_states", wait_and_compute)
+    model.encode(["one", "two", "three", "four", "five"], max_length=16)
+    assert calls == [2, 3]
 
 
 def test_an_error_of_the_tokenizer_reaches_the_caller(model):

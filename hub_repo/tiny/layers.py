@@ -66,7 +66,8 @@ class JinaBertSelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = (linear(layer, hidden_states) for layer in (self.query, self.key, self.value))
         if self.config.qk_post_norm:
-            query, key = self.layer_norm_q(query), self.layer_norm_k(key)
+            # Under autocast a LayerNorm on a GPU gives float32, beside which no kernel takes a narrower value.
+            query, key = self.layer_norm_q(query).to(value.dtype), self.layer_norm_k(key).to(value.dtype)
         query, key, value = (x.unflatten(-1, (-1, self.head_size)) for x in (query, key, value))
         if sequences.cu_seqlens is not None and not sequences.is_flat:
             query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # tokens, heads, head_size
