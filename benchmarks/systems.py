@@ -54,6 +54,9 @@ SYSTEMS: dict[str, System] = {
     "ours-sdpa-fp32-compiled": System(
         "ours", "fp32", OURS_LONGEST, "torch.compile of the encoder, dynamic", options={"compiled": True}
     ),
+    "ours-sdpa-fp32-packed": System(
+        "ours", "fp32", OURS_LONGEST, "after pack_weights()", device="cpu", options={"packed": True}
+    ),
     "ours-eager-fp32": System("ours", "fp32", 2048, "every score in memory", options={"attention": "eager"}),
     "ours-sdpa-bf16": System("ours", "bf16", OURS_LONGEST, "bfloat16 weights and activations"),
     "ours-sdpa-bf16-all-scores": System(
@@ -61,6 +64,9 @@ SYSTEMS: dict[str, System] = {
     ),
     "ours-sdpa-bf16-compiled": System(
         "ours", "bf16", OURS_LONGEST, "the same, torch.compile of the encoder, dynamic", options={"compiled": True}
+    ),
+    "ours-sdpa-bf16-packed": System(
+        "ours", "bf16", OURS_LONGEST, "the same, after pack_weights()", device="cpu", options={"packed": True}
     ),
     "ours-eager-bf16": System("ours", "bf16", 2048, "every score in memory", options={"attention": "eager"}),
     "ours-flex-bf16": System(

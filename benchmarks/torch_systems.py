@@ -118,7 +118,7 @@ def load(kind: str, shape: Shape, *, dtype: str, device: str, options: dict[str,
         shape: Layers, widths and heads.
         dtype: "fp32" or "bf16".
         device: "cpu" or "cuda".
-        options: Of ours `attention`, `sparse` and `compiled`; of dense `fused`.
+        options: Of ours `attention`, `sparse`, `compiled` and `packed`; of dense `fused`.
 
     Raises:
         ValueError: Another kind.
@@ -132,9 +132,11 @@ def load(kind: str, shape: Shape, *, dtype: str, device: str, options: dict[str,
         model = jina_bert(shape).to(device)
         return TorchModel(DenseJinaBert(model, **options), device=device)
     if kind == "ours":
-        compiled = options.pop("compiled", False)
+        compiled, packed = options.pop("compiled", False), options.pop("packed", False)
         model = jina_bert(shape, **options).to(device, torch_dtype)
         if compiled:
             model.encoder.compile(dynamic=True)
+        if packed:
+            model.pack_weights()
         return OurModel(model, device=device, packs=options.get("attention") != "eager")
     raise ValueError(f"unknown kind {kind!r}: ours, bert, dense or ceiling.")

@@ -14,9 +14,11 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from .attention_tiles import Plan, Tile
 from .cpu_products import by_products, product_gradients, products
+from .sparsity import record_scores
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -35,6 +37,34 @@ def _plan(query, key, slopes, cu_seqlens, *, scaling: float, sparse: bool) -> tu
     rows = torch.arange(len(query))
     rows[: plan.rows] = (cu_seqlens[:-1] + cu_seqlens[1:] - 1).repeat_interleave(sizes) - rows[: plan.rows]
     return plan, rows
+
+
+def short_attention(query, key, value, bias: torch.Tensor, *, scaling: float) -> torch.Tensor:
+    """Attention of one short sequence in inference: a few operations, where a plan of tiles would take longer.
+
+    Args:
+        query: `(tokens, heads, head_dim)`; rows from the length of the bias on belong to no sequence, and get zeros.
+        key: The same shape and dtype.
+        value: The same shape and dtype.
+        bias: `(heads, length, length)`, float32 or wider.
+        scaling: Factor on the dot products.
+
+    Returns:
+        The context, in the shape of the query.
+    """
+    heads, length, _ = bias.shape
+    record_scores(heads * length * length, heads * length * length)
+    context = torch.zeros_like(query)
+    query, key, value = (x[:length].transpose(0, 1) for x in (query, key, value))
+    if by_products(query.dtype):  # with its roundings: batch equals single
+        query, key, value = (x.contiguous() for x in (query, key, value))
+        scores = torch.baddbmm(bias.to(query.dtype), query, key.mT, alpha=scaling)
+        found = scores.softmax(dim=-1) @ value
+    else:
+        batch = (x.unsqueeze(0) for x in (query, key, value))
+        found = scaled_dot_product_attention(*batch, attn_mask=bias.unsqueeze(0), scale=scaling)[0]
+    context[:length] = found.transpose(0, 1)
+    return context
 
 
 def _reorder(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -400,9 +400,14 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def _one_ahead(function: Callable, items: Iterable) -> Iterator:
     """Results of `function` in order, the next one being computed while the caller works on this one."""
+    items = iter(items)
+    first = list(itertools.islice(items, 2))
+    if len(first) < 2:  # as for a single query: a thread would cost more than it gives
+        yield from map(function, first)
+        return
     with ThreadPoolExecutor(max_workers=1) as executor:
         pending = deque[Future]()
-        for item in items:
+        for item in itertools.chain(first, items):
             pending.append(executor.submit(function, item))
             if len(pending) > 1:
                 yield pending.popleft().result()

@@ -32,7 +32,7 @@ from .configuration_jina_bert import JinaBertConfig
 from .encoding import EncodeMixin
 from .layers import JinaBertEmbeddings, JinaBertEncoder, JinaBertLayer, JinaBertPooler, JinaBertSelfAttention
 from .masked_lm_head import JinaBertLMPredictionHead, JinaBertOnlyMLMHead
-from .onednn import multiplies
+from .onednn import multiplies, pack, unpack
 from .packing import Sequences
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,23 @@ class JinaBertModel(EncodeMixin, EncodeChunksMixin, JinaBertPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module):
         self.embeddings.word_embeddings = value  # type: ignore[assignment]
+
+    def pack_weights(self):
+        """Makes inference on the CPU faster, of short texts most: one of a dozen tokens takes about half of the time.
+
+        The weights of the layers are stored in the order that oneDNN reads them in, in place of their own: no memory
+        is added, the numbers are the same, and the model is saved as before. Training, casting and moving it are
+        errors until `unpack_weights`.
+
+        Raises:
+            RuntimeError: Where it does not pay (another device, a CPU without products of bfloat16, float32 on a CPU
+                that is not AMD's), and for layers with adapters or hooks. The model is then as it was.
+        """
+        pack(self.encoder, gated=("gated_layers", "up_gated_layer"))
+
+    def unpack_weights(self):
+        """Takes `pack_weights` back."""
+        unpack(self.encoder)
 
     def _hidden_states(
         self,

@@ -1,5 +1,8 @@
 """What inference on the CPU computes through oneDNN: the layers' own numbers, and the layers themselves otherwise."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -153,6 +156,80 @@ def test_strided_and_empty_inputs_are_left_to_torch():
         strided = nn.Linear(WIDTH, HIDDEN)
         strided.weight = nn.Parameter(torch.randn(WIDTH, HIDDEN).T)
         assert not onednn.applies(torch.randn(5, WIDTH), strided)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_packed_weights_give_the_same_numbers(products, dtype, post_norm):
+    model = model_of(qk_post_norm=post_norm).to(dtype)
+    with torch.inference_mode():
+        expected = states(model)
+        asked = products.copy()
+        model.pack_weights()
+        assert not [module for module in model.encoder.modules() if isinstance(module, nn.Linear)]
+        products.clear()
+        found = states(model)
+    assert products == asked
+    torch.testing.assert_close(found, expected)
+    assert model.to("cpu", dtype) is model  # as sentence-transformers asks for in every `encode`
+    model.pack_weights()  # a second time there is nothing to do
+
+
+def test_packed_layers_are_called_where_nothing_is_fused():
+    """With another activation, and under autocast, whose inputs are float32."""
+    model = model_of().bfloat16()
+    for layer in model.encoder.layer:
+        layer.mlp.act = nn.Tanh()
+    with torch.inference_mode():
+        expected = states(model)
+        model.pack_weights()
+        torch.testing.assert_close(states(model), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (states(model) - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("use", [states, lambda model: model.double(), lambda model: model.to("meta")])
+def test_what_packed_weights_cannot_do_is_an_error(use):
+    model = model_of()
+    model.pack_weights()
+    with pytest.raises(RuntimeError, match=r"packed weights .*: .*unpack_weights\(\) first"):
+        use(model)
+    model.unpack_weights()
+    use(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_packed_weights_are_saved_copied_and_unpacked(tmp_path, dtype, post_norm):
+    model = model_of(qk_post_norm=post_norm).to(dtype)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.inference_mode():
+        expected = states(model)
+    model.pack_weights()
+    model.save_pretrained(tmp_path)
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model.encoder.layer[0].attention.output.dense))
+    assert copied.state_dict().keys() == weights.keys()
+    assert type(copied.encoder.layer[0].attention.output.dense) is type(pickled) is onednn.PackedLinear
+    assert torch.equal(pickled.unpacked().weight, weights["encoder.layer.0.attention.output.dense.weight"])
+    model.unpack_weights()
+    loaded = JinaBertModel.from_pretrained(tmp_path, dtype=dtype, add_pooling_layer=False)
+    for other in (copied, loaded, model):
+        for name, tensor in other.state_dict().items():
+            assert torch.equal(tensor, weights[name]), name
+        with torch.inference_mode():
+            torch.testing.assert_close(states(other), expected)
+    model(torch.arange(5, 25)[None]).last_hidden_state.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+
+
+def test_what_cannot_be_packed_stays_as_it_is():
+    with pytest.raises(RuntimeError, match=r"do not pay for torch\.float64"):
+        onednn.pack(nn.Sequential(nn.Linear(4, 4).double()), gated=())
+    model = model_of()
+    _hook(model.encoder.layer[1].mlp.wo)
+    with pytest.raises(RuntimeError, match="wo is more than a linear layer"):
+        model.pack_weights()
+    assert type(model.encoder.layer[0].mlp.wo) is nn.Linear
 
 
 def test_mlp_blocks_of_tokens(monkeypatch):

@@ -22,12 +22,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .alibi import alibi_bias, alibi_hankel
-from .cpu_attention import alibi_attention
+from .cpu_attention import alibi_attention, short_attention
 from .packing import Sequences
 from .sparsity import window_bound
 
 DENSE_LENGTH = 512
 """Tokens up to which devices without a packed kernel use one dense (batch, heads, length, length) bias."""
+SHORT_LENGTH = 128
+"""Tokens up to which a sequence of its own, such as a search query, is computed with a dense bias on the CPU."""
 BLOCK_SCORES = 2**24
 """Scores (heads x queries x keys) whose bias is held at a time where it has to be written out."""
 _FLEX_BLOCK = 128
@@ -103,6 +105,8 @@ def sdpa_attention(
         query, key, value = (_heads_first(x, sequences) for x in (query, key, value))
         return _tokens_first(_sdpa(query, key, value, additive, scaling=scaling, dropout=dropout), sequences), None
     if sequences.cu_seqlens is not None and query.device.type == "cpu" and not dropout:
+        if _is_short(sequences):
+            return short_attention(query, key, value, sequences.bias, scaling=scaling), None
         context, _ = alibi_attention(
             query, key, value, sequences.slopes, sequences.cu_seqlens, scaling, sequences.sparse,
             torch.is_grad_enabled(),
@@ -114,6 +118,17 @@ def sdpa_attention(
     else:
         context = _row_by_row(query, key, value, sequences, scaling=scaling, dropout=dropout)
     return _tokens_first(context, sequences), None
+
+
+def _is_short(sequences: Sequences) -> bool:
+    return (
+        sequences.batch == 1
+        and sequences.length <= SHORT_LENGTH
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _sdpa(query, key, value, additive, *, scaling, dropout):

@@ -9,16 +9,22 @@ oneDNN, which torch brings along, takes the widest there are. In bfloat16 torch 
 are the passes over the intermediates.
 
 TRAP: the operator wants contiguous operands; for a strided one it takes a reference loop, hundreds of times slower.
+
+Weights may be packed (`PackedLinear`): in the order that oneDNN reads them in, and would otherwise bring them into for
+every product. That is half of the time of a product of a dozen rows, and a fiftieth of one of thousands.
 """
 
 import functools
 import platform
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_SHORT = 16
+_PACKED, _UNPACK = "A model with packed weights", "unpack_weights() first"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -68,10 +74,113 @@ def _pays(dtype: torch.dtype) -> bool:
     return (dtype == torch.float32 and mkl_is_slow()) or (dtype == torch.bfloat16 and multiplies_bf16())
 
 
+class PackedLinear(nn.Module):
+    """A linear layer for inference on the CPU alone: its weight is packed, and is no parameter.
+
+    Saving and copying it are as before. Gradients, and another dtype or device, are a RuntimeError.
+
+    Args:
+        layer: Of a dtype that oneDNN multiplies here.
+        parts: The number of layers, one above the other, that the weight is packed as: 2 for a gated one.
+
+    Attributes:
+        weights: Packed, of `parts` equal parts of the outputs.
+        dtype: Of weights and products.
+    """
+
+    bias: torch.Tensor | None
+
+    def __init__(self, layer: nn.Linear, parts: int = 1):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.dtype, self.training = layer.weight.dtype, layer.training
+        # Of any number of rows but one the order is the same.
+        pack = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=_SHORT)
+        self.weights = [pack(part.detach().contiguous()) for part in layer.weight.chunk(parts)]
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., in)` of any dtype and layout -> `(..., out)`.
+
+        Raises:
+            RuntimeError: Gradients are asked for.
+        """
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            raise RuntimeError(f"{_PACKED} has no gradients: call it under torch.inference_mode(), or {_UNPACK}.")
+        rows = hidden_states.to(self.dtype).contiguous()
+        biases = [None] * len(self.weights) if self.bias is None else self.bias.chunk(len(self.weights))
+        parts = zip(self.weights, biases, strict=True)
+        return torch.cat([_product(rows, weight, bias, "none", [], "") for weight, bias in parts], dim=-1)
+
+    def unpacked(self) -> nn.Linear:
+        """The layer as it was."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(torch.cat([weight.to_dense() for weight in self.weights]))
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias)
+        return layer.train(self.training)
+
+    def _apply(self, fn, recurse=True):
+        """Of `to`, `float` and so on, which packed weights cannot follow."""
+        asked = fn(torch.empty(0, dtype=self.dtype))
+        if (asked.dtype, asked.device.type) != (self.dtype, "cpu"):
+            raise RuntimeError(f"{_PACKED} cannot be cast to {asked.dtype} or moved to {asked.device}: {_UNPACK}.")
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}weight"] = self.unpacked().weight.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def __reduce_ex__(self, protocol):
+        return PackedLinear, (self.unpacked(), len(self.weights))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"
+
+
+def pack(layers: nn.Module, *, gated: Container[str]):
+    """Puts `PackedLinear` in place of the linear layers of a module.
+
+    Args:
+        layers: The module.
+        gated: Names of the layers whose output is a gate and what it gates.
+
+    Raises:
+        RuntimeError: A layer that is not plain (adapters, hooks, another type of weight), or of a dtype or on a device
+            that oneDNN does not multiply here; none is replaced then.
+    """
+    found = [place for place in _children(layers) if isinstance(place[2], nn.Linear)]
+    for _, name, layer in found:
+        weight = layer.weight
+        if weight.device.type != "cpu" or not _pays(weight.dtype):
+            raise RuntimeError(
+                f"Packed weights do not pay for {weight.dtype} on {weight.device}: they are for bfloat16 on CPUs that "
+                "multiply it (AVX512-BF16, AMX), and for float32 on those of AMD."
+            )
+        if not _is_plain(layer, weight.dtype):
+            raise RuntimeError(f"{name} is more than a linear layer ({type(layer).__name__}): merge adapters first.")
+    for parent, name, layer in found:
+        setattr(parent, name, PackedLinear(layer, 2 if name in gated else 1))
+
+
+def unpack(layers: nn.Module):
+    """Puts linear layers in place of every `PackedLinear` of a module."""
+    for parent, name, layer in _children(layers):
+        if isinstance(layer, PackedLinear):
+            setattr(parent, name, layer.unpacked())
+
+
+def _children(layers: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, module) of every module inside."""
+    return [(parent, *child) for parent in layers.modules() for child in parent.named_children()]
+
+
 def _is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Whether calling the layer is nothing but its product, its activation, or, of dropout, nothing at all."""
     if "forward" in vars(layer) or any(getattr(layer, name) for name in _HOOKS):  # accelerate replaces `forward`
         return False
+    if isinstance(layer, PackedLinear):
+        return layer.dtype == dtype
     if isinstance(layer, nn.Linear):
         weight = layer.weight
         return (
@@ -106,14 +215,18 @@ def applies(hidden_states: torch.Tensor, *layers: nn.Module) -> bool:
 
 def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """``layer(hidden_states)``, `(..., in)` -> `(..., out)`, through oneDNN where that pays."""
-    if not applies(hidden_states, layer):
+    if not applies(hidden_states, layer) or (isinstance(layer, PackedLinear) and len(layer.weights) > 1):
         return layer(hidden_states)
-    return _product(hidden_states, layer.weight, layer.bias, "none", [], "")
+    return _product(hidden_states, *_weights(layer), layer.bias, "none", [], "")
+
+
+def _weights(layer: nn.Module, parts: int = 1) -> Sequence[torch.Tensor]:
+    return layer.weights if isinstance(layer, PackedLinear) else layer.weight.chunk(parts)  # type: ignore[operator]
 
 
 def linear_plus(layer: nn.Module, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """``layer(hidden_states) + residual``, `(..., in)` and `(..., out)`; see `applies`."""
-    return _product.binary(hidden_states, residual.contiguous(), layer.weight, layer.bias, "add")
+    return _product.binary(hidden_states, residual.contiguous(), *_weights(layer), layer.bias, "add")
 
 
 def gated(layer: nn.Module, hidden_states: torch.Tensor, *, activation: str, gate_first: bool) -> torch.Tensor:
@@ -128,7 +241,7 @@ def gated(layer: nn.Module, hidden_states: torch.Tensor, *, activation: str, gat
     Returns:
         `(..., width)`.
     """
-    halves = layer.weight.chunk(2)  # type: ignore[operator]
+    halves = _weights(layer, 2)
     gate, factor = halves if gate_first else halves[::-1]
     activated = _product(hidden_states, gate, None, activation, [], "none")
     return _product.binary(hidden_states, activated, factor, None, "mul")

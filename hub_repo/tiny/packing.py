@@ -8,7 +8,11 @@ padding, stays padded: position 0, which the pooler reads, is a padding token th
 value of its own.
 """
 
+import functools
+
 import torch
+
+from .alibi import alibi_bias
 
 
 class Sequences:
@@ -37,6 +41,11 @@ class Sequences:
         self.attention_mask: torch.Tensor | None = None
         self.cu_seqlens: torch.Tensor | None = None
         self._indices: torch.Tensor | None = None  # of the tokens among the flattened positions
+
+    @functools.cached_property
+    def bias(self) -> torch.Tensor:
+        """The dense ALiBi bias `(heads, length, length)`, of the slopes' dtype; for a short sequence."""
+        return alibi_bias(self.slopes, self.length)[0]
 
     @classmethod
     def of_batch(
