@@ -32,7 +32,8 @@ class Sequences:
     """
 
     def __init__(self, slopes: tuple[float, ...], *, dtype: torch.dtype, device: torch.device, sparse: bool):
-        # NOTE: bfloat16 cannot even count to 512; the bias stays in float32 under half precision and autocast.
+        # NOTE: bfloat16 cannot even count to 512: the bias is computed in float32 under half precision and autocast,
+        # and rounded, where it is at all, with the scores that it is added to.
         bias_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.slopes = torch.tensor(slopes, dtype=bias_dtype, device=device)
         self.sparse = sparse
