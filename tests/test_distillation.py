@@ -1,5 +1,6 @@
 """Distillation: its losses against their definitions, what is taken from a teacher, and a run that resumes."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,17 @@ def test_distillation_moves_towards_the_teacher_and_resumes(start, tmp_path, cap
     assert " 0 of 140 document texts to embed" in caplog.text
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_texts_longer_than_the_teacher_reads(start, tmp_path, caplog):
+    """Their windows are embedded, and the vectors are learnt; a window that is a text of its own is not read twice."""
+    caplog.set_level("INFO")
+    changes = ("teacher_windows=true", "teacher_max_length=8", "vector_weight=5", "training.max_steps=20")
+    distilled(start, tmp_path / "windows", *changes, "training.per_device_train_batch_size=16")
+    windows = int(re.search(r"of (\d+) document texts to embed", caplog.text)[1])
+    assert windows > 2 * 140
+    found = losses(tmp_path / "windows")
+    assert sum(found[step] for step in range(16, 21)) < 0.9 * sum(found[step] for step in range(1, 6))
 
 
 @pytest.mark.parametrize(

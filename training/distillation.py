@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize
 
 from .contrastive import train
-from .embedding_shards import Vectors, embed, load_embedder
+from .embedding_shards import Embedder, Vectors, embed, load_embedder
 from .mining_texts import Texts
 from .pair_sampling import LABEL
 from .recipe import ContrastiveRecipe, RecipeError, command_line, load_recipe
 from .run import exit_on_recipe_error
+from .teacher_windows import WindowedVectors, windows_of
 
 _SHARD_ROWS = 20_000
 """Texts after which what the teacher has read is safe on disk."""
@@ -57,6 +58,8 @@ class DistillationRecipe(ContrastiveRecipe):
         teacher: Folder, Hub name, or "all-MiniLM-L6-v2" from its PyPI package.
         teacher_max_length: Tokens the teacher cuts a text at; None keeps its own limit.
         teacher_bf16: Whether the teacher multiplies in bfloat16 (autocast); `training.bf16` is the student's.
+        teacher_windows: Whether a longer text has the mean of the teacher's vectors of all its windows, in place of
+            the vector of its beginning; see `teacher_windows`.
         cache_dir: Folder of the teacher's vectors.
         vector_weight: Of `vector_loss`, which is added to `distillation_loss`; 0 is that alone.
         axes: `principal`, those of `principal_axes`, for a student that is new to the teacher; `fitted`, those of
@@ -67,6 +70,7 @@ class DistillationRecipe(ContrastiveRecipe):
     teacher: str = MISSING
     teacher_max_length: int | None = None
     teacher_bf16: bool = False
+    teacher_windows: bool = False
     cache_dir: str = "runs/teacher-vectors"
     vector_weight: float = 0.0
     axes: Axes = Axes.principal
@@ -183,7 +187,7 @@ class DistillationLoss(nn.Module):
     def __init__(
         self,
         model: SentenceTransformer,
-        teacher: tuple[Vectors, Vectors],
+        teacher: tuple[Vectors | WindowedVectors, Vectors | WindowedVectors],
         temperature: float,
         *,
         axes: Tensor | None = None,
@@ -248,10 +252,7 @@ def distillation(
         numbered[name] = dataset.add_column(LABEL, [[start + row for start in starts] for row in range(len(dataset))])
     folder = Path(recipe.cache_dir)
     texts = {role: Texts(concatenate_datasets(part)) for role, part in parts.items()}
-    queries, documents = (
-        embed(embedder, text, role, folder=folder, dtype="float16", shard_rows=_SHARD_ROWS)
-        for role, text in texts.items()
-    )
+    queries, documents = (_vectors(recipe, embedder, text, role, folder) for role, text in texts.items())
     loss = DistillationLoss(
         model,
         (queries, documents),
@@ -262,7 +263,19 @@ def distillation(
     return DatasetDict(numbered), loss
 
 
-def _axes(recipe: DistillationRecipe, model: SentenceTransformer, vectors: Vectors, texts: Texts) -> Tensor:
+def _vectors(
+    recipe: DistillationRecipe, embedder: Embedder, texts: Texts, role: str, folder: Path
+) -> Vectors | WindowedVectors:
+    options = {"folder": folder, "dtype": "float16", "shard_rows": _SHARD_ROWS}
+    if not recipe.teacher_windows:
+        return embed(embedder, texts, role, **options)
+    windows = windows_of(texts, embedder, role)
+    return WindowedVectors(embed(embedder, windows.texts, role, **options), windows)
+
+
+def _axes(
+    recipe: DistillationRecipe, model: SentenceTransformer, vectors: Vectors | WindowedVectors, texts: Texts
+) -> Tensor:
     """The teacher's axes in the student's width, from vectors of texts all over the sources."""
     width = model.get_embedding_dimension()
     if vectors.width < width:

@@ -153,11 +153,11 @@ class Embedder:
             "modules": repr(self.model),
             "max_length": self.model.max_seq_length,
             "role": role,
-            "prompt": self._prompt(role),
+            "prompt": self.prompt(role),
             **({"autocast": "bfloat16"} if self.bf16 else {}),
         }
 
-    def _prompt(self, role: str) -> str:
+    def prompt(self, role: str) -> str:
         """The one that `encode_query` or `encode_document` puts before a text."""
         prompts = self.model.prompts or {}
         names = ("query",) if role == "query" else ("document", "passage", "corpus")

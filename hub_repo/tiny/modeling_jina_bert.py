@@ -116,7 +116,7 @@ class JinaBertModel(EncodeMixin, EncodeChunksMixin, JinaBertPreTrainedModel):
         self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
     def pack_weights(self):
-        """Makes inference on the CPU faster, of short texts most: one of a dozen tokens takes about half of the time.
+        """Makes inference on the CPU faster, of short texts most: one of a dozen tokens takes two thirds of the time.
 
         The weights of the layers are stored in the order that oneDNN reads them in, in place of their own: no memory
         is added, the numbers are the same, and the model is saved as before. Training, casting and moving it are
