@@ -252,12 +252,12 @@ def distillation(
         numbered[name] = dataset.add_column(LABEL, [[start + row for start in starts] for row in range(len(dataset))])
     folder = Path(recipe.cache_dir)
     texts = {role: Texts(concatenate_datasets(part)) for role, part in parts.items()}
-    queries, documents = (_vectors(recipe, embedder, text, role, folder) for role, text in texts.items())
+    vectors = {role: _vectors(recipe, embedder, text, role, folder) for role, text in texts.items()}
     loss = DistillationLoss(
         model,
-        (queries, documents),
+        (vectors["query"], vectors["document"]),
         recipe.temperature,
-        axes=_axes(recipe, model, documents, texts["document"]) if recipe.vector_weight else None,
+        axes=_axes(recipe, model, texts, vectors) if recipe.vector_weight else None,
         weight=recipe.vector_weight,
     )
     return DatasetDict(numbered), loss
@@ -274,20 +274,28 @@ def _vectors(
 
 
 def _axes(
-    recipe: DistillationRecipe, model: SentenceTransformer, vectors: Vectors | WindowedVectors, texts: Texts
+    recipe: DistillationRecipe,
+    model: SentenceTransformer,
+    texts: dict[str, Texts],
+    teacher: dict[str, Vectors | WindowedVectors],
 ) -> Tensor:
-    """The teacher's axes in the student's width, from vectors of texts all over the sources."""
+    """The teacher's axes in the student's width, from texts all over the sources.
+
+    Principal ones are those of the documents. They are fitted to queries, which are short: the student embeds them.
+    """
     width = model.get_embedding_dimension()
-    if vectors.width < width:
+    if teacher["document"].width < width:
         raise RecipeError(
-            f"teacher {recipe.teacher}: {vectors.width} dimensions, the model has {width}; use vector_weight=0."
+            f"teacher {recipe.teacher}: {teacher['document'].width} dimensions, the model has {width}; use "
+            "vector_weight=0."
         )
-    count = min(len(vectors), _FITTED_TEXTS if recipe.axes is Axes.fitted else _AXES_ROWS)
-    chosen = np.linspace(0, len(vectors) - 1, count).astype(np.int64)
+    role, most = ("query", _FITTED_TEXTS) if recipe.axes is Axes.fitted else ("document", _AXES_ROWS)
+    vectors = teacher[role]
+    chosen = np.linspace(0, len(vectors) - 1, min(len(vectors), most)).astype(np.int64)
     taken = torch.from_numpy(vectors.take(chosen))
     if recipe.axes is Axes.principal:
         return principal_axes(taken, width)
-    student = model.encode(texts.take(chosen), prompt="", normalize_embeddings=True, convert_to_tensor=True)
+    student = model.encode(texts[role].take(chosen), prompt="", normalize_embeddings=True, convert_to_tensor=True)
     return fitted_axes(normalize(taken, dim=1), student.float().cpu())
 
 
