@@ -106,7 +106,9 @@ def sdpa_attention(
         return _tokens_first(_sdpa(query, key, value, additive, scaling=scaling, dropout=dropout), sequences), None
     if sequences.cu_seqlens is not None and query.device.type == "cpu" and not dropout:
         if _is_short(sequences):
-            return short_attention(query, key, value, sequences.bias, scaling=scaling), None
+            length = int(sequences.cu_seqlens[-1])  # of the batch of one it may be padded to more
+            bias = sequences.bias[:, :length, :length]
+            return short_attention(query, key, value, bias, scaling=scaling), None
         context, _ = alibi_attention(
             query, key, value, sequences.slopes, sequences.cu_seqlens, scaling, sequences.sparse,
             torch.is_grad_enabled(),

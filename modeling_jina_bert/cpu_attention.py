@@ -61,8 +61,8 @@ def short_attention(query, key, value, bias: torch.Tensor, *, scaling: float) ->
         scores = torch.baddbmm(bias.to(query.dtype), query, key.mT, alpha=scaling)
         found = scores.softmax(dim=-1) @ value
     else:
-        batch = (x.unsqueeze(0) for x in (query, key, value))
-        found = scaled_dot_product_attention(*batch, attn_mask=bias.unsqueeze(0), scale=scaling)[0]
+        query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        found = scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(0), scale=scaling)[0]
     context[:length] = found.transpose(0, 1)
     return context
 

@@ -149,7 +149,7 @@ def pack(layers: nn.Module, *, gated: Container[str]):
         RuntimeError: A layer that is not plain (adapters, hooks, another type of weight), or of a dtype or on a device
             that oneDNN does not multiply here; none is replaced then.
     """
-    found = [place for place in _children(layers) if isinstance(place[2], nn.Linear)]
+    found = [(parent, name, layer) for parent, name, layer in _children(layers) if isinstance(layer, nn.Linear)]
     for _, name, layer in found:
         weight = layer.weight
         if weight.device.type != "cpu" or not _pays(weight.dtype):

@@ -218,6 +218,26 @@ def test_memory_of_left_padding_is_that_of_a_block_of_queries(monkeypatch, train
     assert 0 < largest_tensor(mask, training=training) <= 8 * 2**20 < 4 * 4 * 2048 * 2048
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_products", [False, True])
+@pytest.mark.parametrize("length", [1, 10, 12, 127, 128, 129])
+def test_a_single_text_has_the_numbers_that_it_has_in_a_batch(monkeypatch, length, by_products, dtype):
+    """Of up to 128 tokens in a way of its own; unpadded, padded to more, and beside another text."""
+    monkeypatch.setattr(cpu_products, "mkl_is_slow", lambda: by_products)
+    monkeypatch.setattr(cpu_products, "multiplies_bf16", lambda: by_products)
+    model = JinaBertModel(tiny_config(vocab_size=100)).eval().to(dtype)
+    ids = torch.randint(1, 100, (2, 150))
+    mask = (torch.arange(150) < torch.tensor([length, 140])[:, None]).long()
+    with torch.inference_mode():
+        expected = model(ids, attention_mask=mask).last_hidden_state[0, :length]
+        alone = model(ids[:1, :length]).last_hidden_state[0]
+        padded = model(ids[:1], attention_mask=mask[:1]).last_hidden_state[0]
+    tolerance = 2e-6 if dtype == torch.float32 else 0.05
+    assert (alone - expected).abs().max() < tolerance
+    assert (padded[:length] - expected).abs().max() < tolerance
+    assert not padded[length:].any()
+
+
 @pytest.mark.parametrize("by_products", [False, True])
 def test_what_is_kept_for_the_backward_pass_is_linear_in_the_length(monkeypatch, by_products):
     """The sum of all tensors, which many small ones could make quadratic."""
