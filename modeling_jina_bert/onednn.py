@@ -149,6 +149,8 @@ def pack(layers: nn.Module, *, gated: Container[str]):
         RuntimeError: A layer that is not plain (adapters, hooks, another type of weight), or of a dtype or on a device
             that oneDNN does not multiply here; none is replaced then.
     """
+    if any(hasattr(module, "base_layer") for module in layers.modules()):
+        raise RuntimeError("The layers have adapters: merge them before their weights are packed.")
     found = [(parent, name, layer) for parent, name, layer in _children(layers) if isinstance(layer, nn.Linear)]
     for _, name, layer in found:
         weight = layer.weight
@@ -158,7 +160,7 @@ def pack(layers: nn.Module, *, gated: Container[str]):
                 "multiply it (AVX512-BF16, AMX), and for float32 on those of AMD."
             )
         if not _is_plain(layer, weight.dtype):
-            raise RuntimeError(f"{name} is more than a linear layer ({type(layer).__name__}): merge adapters first.")
+            raise RuntimeError(f"{name} is more than a linear layer ({type(layer).__name__}).")
     for parent, name, layer in found:
         setattr(parent, name, PackedLinear(layer, 2 if name in gated else 1))
 
@@ -175,29 +177,39 @@ def _children(layers: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     return [(parent, *child) for parent in layers.modules() for child in parent.named_children()]
 
 
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module is nothing but its class's forward; accelerate's hooks replace that."""
+    return "forward" not in vars(module) and not any(getattr(module, name) for name in _HOOKS)
+
+
 def _is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether calling the layer is nothing but its product, its activation, or, of dropout, nothing at all."""
-    if "forward" in vars(layer) or any(getattr(layer, name) for name in _HOOKS):  # accelerate replaces `forward`
+    """Whether calling the layer is nothing but its product."""
+    if not _is_untouched(layer):
         return False
-    if isinstance(layer, PackedLinear):
+    if type(layer) is PackedLinear:
         return layer.dtype == dtype
-    if isinstance(layer, nn.Linear):
-        weight = layer.weight
-        return (
-            type(layer) is nn.Linear
-            and type(weight) is nn.Parameter
-            and weight.is_contiguous()
-            and weight.dtype == dtype
-        )
-    return not isinstance(layer, nn.Dropout) or (type(layer) is nn.Dropout and not layer.training)
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.is_contiguous()
+        and layer.weight.dtype == dtype
+    )
 
 
-def applies(hidden_states: torch.Tensor, *layers: nn.Module) -> bool:
+def _is_off(dropout: nn.Module) -> bool:
+    return type(dropout) is nn.Dropout and not dropout.training and _is_untouched(dropout)
+
+
+def applies(
+    hidden_states: torch.Tensor, *layers: nn.Module, dropout: nn.Module | None = None, act: nn.Module | None = None
+) -> bool:
     """Whether the functions below compute these layers on these inputs; otherwise call the layers.
 
     Args:
         hidden_states: Of the first of the layers.
-        layers: Products, and the activations and dropouts between them, which are not called either.
+        layers: Products.
+        dropout: What stands between or behind them and is not called either.
+        act: The activation that is computed with a product, of a class that oneDNN knows.
     """
     return (
         hidden_states.device.type == "cpu"
@@ -210,6 +222,8 @@ def applies(hidden_states: torch.Tensor, *layers: nn.Module) -> bool:
         and hidden_states.numel() > 0
         and _pays(hidden_states.dtype)
         and all(_is_plain(layer, hidden_states.dtype) for layer in layers)
+        and (dropout is None or _is_off(dropout))
+        and (act is None or _is_untouched(act))
     )
 
 

@@ -232,6 +232,25 @@ def test_what_cannot_be_packed_stays_as_it_is():
     assert type(model.encoder.layer[0].mlp.wo) is nn.Linear
 
 
+def test_adapters_are_called_and_not_packed():
+    """peft's layers are no `nn.Linear`, but have the weight of one."""
+    peft = pytest.importorskip("peft")
+    model = model_of()
+    with torch.inference_mode():
+        before = states(model)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["wo", "dense", "query", "gated_layers"]), model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    expected = states(model)
+    with torch.inference_mode():
+        found = states(model)
+    assert (found - expected).abs().max() < 1e-4
+    assert (found - before).abs().max() > 0.1
+    with pytest.raises(RuntimeError, match="have adapters: merge them"):
+        model.pack_weights()
+
+
 def test_mlp_blocks_of_tokens(monkeypatch):
     model = model_of()
     with torch.inference_mode():

@@ -238,8 +238,9 @@ def test_the_full_size_recipes_run(tmp_path, size):
                 RECIPES / f"{size}-{stage}.yaml",
                 [
                     *tiny, f"output_dir={tmp_path / stage}", f"model={model}", "mini_batch_size=4",
-                    f"sources=[{{name: facts, path: {file}.jsonl}}]", "training.per_device_train_batch_size=8",
-                    "training.gradient_accumulation_steps=1", "training.dataloader_num_workers=0",
+                    f"sources=[{{name: facts, path: {file}.jsonl, heldout_share: 0.2}}]",
+                    "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1",
+                    "training.dataloader_num_workers=0",
                 ],
             )
         )  # fmt: skip

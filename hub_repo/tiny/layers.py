@@ -95,7 +95,7 @@ class JinaBertSelfOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if applies(context, self.dense, self.dropout):
+        if applies(context, self.dense, dropout=self.dropout):
             return self.LayerNorm(linear_plus(self.dense, context, residual))
         return self.LayerNorm(self.dropout(self.dense(context)) + residual)
 
@@ -146,8 +146,8 @@ class JinaBertMLP(nn.Module):
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         activation = _FUSED_ACTIVATIONS.get(type(self.act))
-        layers = self.gated_layers, self.act, self.dropout, self.wo
-        if activation is not None and applies(hidden_states, *layers):
+        layers, between = (self.gated_layers, self.wo), {"dropout": self.dropout, "act": self.act}
+        if activation is not None and applies(hidden_states, *layers, **between):
             product = gated(self.gated_layers, hidden_states, activation=activation, gate_first=True)
             return self.layernorm(linear_plus(self.wo, product, hidden_states))
         gate, factor = linear(self.gated_layers, hidden_states).chunk(2, dim=-1)
@@ -169,8 +169,8 @@ class JinaBertPostNormMLP(nn.Module):
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         activation = _FUSED_ACTIVATIONS.get(type(self.act))
-        layers = self.up_gated_layer, self.act, self.dropout, self.down_layer
-        if activation is not None and applies(hidden_states, *layers):
+        layers, between = (self.up_gated_layer, self.down_layer), {"dropout": self.dropout, "act": self.act}
+        if activation is not None and applies(hidden_states, *layers, **between):
             product = gated(self.up_gated_layer, hidden_states, activation=activation, gate_first=False)
             return linear(self.down_layer, product)
         factor, gate = linear(self.up_gated_layer, hidden_states).chunk(2, dim=-1)
