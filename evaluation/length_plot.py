@@ -19,7 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS, DASHES = "osD^vPX", ("-", "--", ":", "-.")
 
 SHUFFLED = "shuffled"
-"""The positions of a record of words in random order, as in `mlm_models`."""
+"""The positions of a record whose words stand in random order: those of the model itself, see `mlm_texts.shuffled`."""
 
 Interval = tuple[float, float]
 

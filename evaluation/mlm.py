@@ -30,9 +30,9 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_jina_bert.masking import CORRUPTION
 
-from .length_plot import caption, markdown, matplotlib_figure, points, table_rows, write_plot
+from .length_plot import SHUFFLED, caption, markdown, matplotlib_figure, points, table_rows, write_plot
 from .loading import weights_sha256
-from .mlm_models import SHUFFLED, MaskedLM, Score, load_masked_lm, score_text
+from .mlm_models import MaskedLM, Score, load_masked_lm, score_text
 from .mlm_texts import SPECIAL_TOKENS, MaskedText, context_free_scores, fingerprint, masked_texts, shuffled
 from .records import read_records, write_records
 from .sets import EvaluationError

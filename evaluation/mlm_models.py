@@ -30,8 +30,6 @@ PADDED_ENTRIES = 128
 
 ALIBI, TABLE, INTERPOLATED, REPEATED = "alibi", "table", "interpolated", "repeated"
 """Where a model takes its positions from: distances; its table as it is; the table extended in one of two ways."""
-SHUFFLED = "shuffled"
-"""Positions as at any length that the model covers, of words in random order: see `mlm_texts.shuffled`."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_SHORT = 16
+_PACKED_FOR_ROWS = 16
+"""Rows that weights are packed for: the order is the same for every number of them but one."""
 _PACKED, _UNPACK = "A model with packed weights", "unpack_weights() first"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -94,8 +95,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.dtype, self.training = layer.weight.dtype, layer.training
-        # Of any number of rows but one the order is the same.
-        pack = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=_SHORT)
+        pack = functools.partial(torch.ops.mkldnn._reorder_linear_weight, batch_size=_PACKED_FOR_ROWS)
         self.weights = [pack(part.detach().contiguous()) for part in layer.weight.chunk(parts)]
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
