@@ -201,8 +201,13 @@ def score_model(
         }
         content = read_output(arguments.output)
         others = [r for r in content["records"] if (r["model"], r["task"]) != (backbone.name, name)]
+        scored = {name, *(r["task"] for r in others if r["model"] == backbone.name)}
         reasons = [entry for entry in content["left_out"] if entry["model"] != backbone.name]
-        reasons += [{"model": backbone.name, "task": task, "reason": why} for task, why in left_out.items()]
+        reasons += [
+            {"model": backbone.name, "task": task, "reason": why}
+            for task, why in left_out.items()
+            if task not in scored
+        ]
         write_output(arguments.output, {"records": [*others, record], "left_out": reasons})
         if arguments.markdown:
             arguments.markdown.write_text(markdown(read_output(arguments.output)), encoding="utf-8")

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from modeling_jina_bert.masking import CORRUPTION
+from modeling_jina_bert.masking import CORRUPTION, WordPieces
 
 from .length_plot import SHUFFLED, caption, markdown, matplotlib_figure, points, table_rows, write_plot
 from .loading import weights_sha256
@@ -154,7 +154,12 @@ def evaluate(
 
 
 def context_free_record(
-    texts: Sequence[MaskedText], mask: int, length: int, *, settings: dict[str, Any], provenance: dict[str, Any]
+    texts: Sequence[MaskedText],
+    pieces: WordPieces,
+    length: int,
+    *,
+    settings: dict[str, Any],
+    provenance: dict[str, Any],
 ) -> dict[str, Any]:
     """The record of `context_free_scores`, at the trained length."""
     return {
@@ -162,9 +167,10 @@ def context_free_record(
         "source": None,
         "positions": None,
         "length": length,
-        "settings": {name: value for name, value in settings.items() if name not in ("weights_sha256", "dtype")},
+        "settings": {name: value for name, value in settings.items() if name not in ("weights_sha256", "dtype")}
+        | {"answer": "Bayes"},  # earlier versions took every token that is shown for the original
         "position_table": None,
-        **_summary(texts, [Score(*score) for score in context_free_scores(texts, mask)]),
+        **_summary(texts, [Score(*score) for score in context_free_scores(texts, pieces)]),
         **provenance,
     }
 
@@ -265,6 +271,12 @@ def run(arguments: argparse.Namespace, *, command: str) -> list[dict[str, Any]]:
     lengths = sorted(set(arguments.lengths))
     named = named_models(arguments.model)
     models = [load_masked_lm(name, source, device=arguments.device) for name, source in named.items()]
+    for masked_lm in models:
+        table = masked_lm.position_table
+        if table is not None and len(table) < arguments.trained_length:
+            raise EvaluationError(
+                f"--trained-length {arguments.trained_length}: {masked_lm.name} has {len(table)} positions."
+            )
     texts = [
         masked_texts(
             arguments.data,
@@ -283,8 +295,8 @@ def run(arguments: argparse.Namespace, *, command: str) -> list[dict[str, Any]]:
         options = {"settings": settings_of(masked_lm, its_texts, arguments), "provenance": provenance}
         trained = arguments.trained_length
         results += evaluate(masked_lm, its_texts, lengths, arguments.output, trained_length=trained, **options)
-        mask = masked_lm.vocabulary.pieces.mask
-        context_free[fingerprint(its_texts)] = context_free_record(its_texts, mask, trained, **options)
+        pieces = masked_lm.vocabulary.pieces
+        context_free[fingerprint(its_texts)] = context_free_record(its_texts, pieces, trained, **options)
     return [*results, *_written(list(context_free.values()), arguments.output)]
 
 

@@ -166,28 +166,32 @@ def shuffled(text: MaskedText, size: int) -> MaskedText:
     return replace(text, corrupted=corrupted)
 
 
-def context_free_scores(texts: Sequence[MaskedText], mask: int) -> list[tuple[int, int, float]]:
+def context_free_scores(texts: Sequence[MaskedText], pieces: WordPieces) -> list[tuple[int, int, float]]:
     """What the best answer scores that knows the token at a target's own place, and how frequent the targets are.
 
-    It takes a token that is not [MASK] for the original, and of [MASK] it says the most frequent target of all texts:
-    a model that does not use the context does no better.
+    By Bayes' rule: a token that is shown and is not [MASK] was left as it is, or drawn from all ordinary tokens. So it
+    is the answer, unless it is so rare among the targets that the most frequent one, drawn over, is likelier. A model
+    that does not use the context does no better.
 
     Args:
         texts: Whose targets are predicted.
-        mask: Id of [MASK].
+        pieces: Of the vocabulary that they were masked with.
 
     Returns:
         For each text its targets, the right answers among them, and the sum of the cross entropies (nats).
     """
-    counts = torch.cat([text.original[text.targets] for text in texts]).bincount()
-    frequencies = (counts / counts.sum()).double()
-    unchanged = CORRUPTION["unchanged"] / (CORRUPTION["unchanged"] + CORRUPTION["random"])
+    targets = torch.cat([text.original[text.targets] for text in texts])
+    frequencies = targets.bincount(minlength=len(pieces.special)).double() / len(targets)
+    most_frequent = frequencies.argmax()
+    drawn = CORRUPTION["random"] / CORRUPTION["unchanged"] / int((~pieces.special).sum())  # to 1 for left as it is
     found = []
     for text in texts:
         wanted, shown = text.original[text.targets], text.corrupted[text.targets]
-        right = torch.where(shown == mask, counts.argmax(), shown) == wanted
-        kept = unchanged * (shown == wanted) + (1 - unchanged) * frequencies[wanted]
-        likelihoods = torch.where(shown == mask, frequencies[wanted], kept)
+        masked, own = shown == pieces.mask, frequencies[shown]
+        is_drawn = masked | (own * (1 + drawn) < frequencies[most_frequent] * drawn)
+        right = torch.where(is_drawn, most_frequent, shown) == wanted
+        kept = frequencies[wanted] * ((shown == wanted) + drawn) / (own + drawn)
+        likelihoods = torch.where(masked, frequencies[wanted], kept)
         found.append((len(wanted), int(right.sum()), -float(likelihoods.log().sum())))
     return found
 

@@ -23,11 +23,11 @@ import torch
 from safetensors.torch import save_file
 
 from modeling_jina_bert import JinaBertConfig, JinaBertModel
-from modeling_jina_bert.checkpoints import is_plain_name
 
 from .folders import checkpoint_files as files
+from .folders.carried_settings import carried_settings
 from .folders.checkpoint_files import FolderError, StoredTensor
-from .folders.folder_files import official_config, sentence_transformers_files, write_code, write_json
+from .folders.folder_files import SETTINGS, official_config, sentence_transformers_files, write_code, write_json
 from .folders.layouts import PREFIX, compare, read_config
 from .folders.loading import quiet_transformers
 from .folders.staging import staged
@@ -262,66 +262,14 @@ def _write_other_files(folder: Path, stage: Path, config: JinaBertConfig, target
         notes.append("sentence-transformers files were missing: mean pooling and normalisation were written")
     max_length = kept.max_length or config.model_max_length
     for name, content in sentence_transformers_files(config.hidden_size, max_length, normalize=kept.normalize).items():
-        if name == "config_sentence_transformers.json" and kept.prompts:
-            content = {**content, "prompts": kept.prompts}  # type: ignore[dict-item]
+        if name == SETTINGS:
+            content = {**content, **kept.settings}  # type: ignore[dict-item]
         write_json(stage / name, content)
     if target == "ours":
         write_code(stage)
     else:
         notes.append("without trust_remote_code this form loads as a BertModel with random MLPs, and no error says so")
     return notes
-
-
-@dataclasses.dataclass(frozen=True)
-class CarriedSettings:
-    """What the sentence-transformers files of a source say.
-
-    Attributes:
-        is_default: Whether there were none.
-        normalize: Whether embeddings are scaled to length 1.
-        max_length: Tokens a text is cut at; None if not said.
-        prompts: Name -> prompt.
-    """
-
-    is_default: bool = True
-    normalize: bool = True
-    max_length: int | None = None
-    prompts: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def carried_settings(folder: Path) -> CarriedSettings:
-    """Reads modules.json and what it names.
-
-    Raises:
-        FolderError: Modules other than Transformer, mean Pooling and Normalize: they would be lost.
-    """
-    if not (folder / "modules.json").is_file():
-        return CarriedSettings()
-    modules = files.read_json(folder / "modules.json")
-    try:
-        kinds = [str(module["type"]).split(".")[-1] for module in modules]
-        paths = [str(module["path"]) for module in modules]
-    except (TypeError, KeyError):
-        raise FolderError(f"{folder / 'modules.json'} is not a list of modules with type and path.") from None
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise FolderError(
-            f"{folder / 'modules.json'} has the modules {', '.join(kinds)}: only Transformer, Pooling and Normalize "
-            "are carried over."
-        )
-    if not is_plain_name(paths[1]):
-        raise FolderError(f"{folder / 'modules.json'} names {paths[1]!r}, which is not a folder in this one.")
-    pooling = files.read_json(folder / paths[1] / "config.json")
-    modes = [name for name, value in pooling.items() if name.startswith("pooling_mode_") and value is True]
-    if (pooling.get("pooling_mode") or "mean") != "mean" or modes not in ([], ["pooling_mode_mean_tokens"]):
-        raise FolderError(f"{folder / paths[1]}: pooling is not the mean over the tokens: {pooling}.")
-    length = _optional(folder / "sentence_bert_config.json").get("max_seq_length")
-    prompts = _optional(folder / "config_sentence_transformers.json").get("prompts") or {}
-    return CarriedSettings(False, kinds[-1] == "Normalize", length, prompts)
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    content = files.read_json(path) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
 
 
 def _largest_difference(source: Path, output: Path) -> float:

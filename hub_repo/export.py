@@ -23,8 +23,17 @@ from safetensors.torch import save_file
 
 from modeling_jina_bert import JinaBertModel
 
+from .folders import checkpoint_files as files
+from .folders.carried_settings import carried_settings
 from .folders.checkpoint_files import DTYPE_NAMES, WEIGHTS, FolderError
-from .folders.folder_files import code_files, sentence_transformers_files, write_code, write_json, write_tokenizer
+from .folders.folder_files import (
+    SETTINGS,
+    code_files,
+    sentence_transformers_files,
+    write_code,
+    write_json,
+    write_tokenizer,
+)
 from .folders.layouts import read_fitting
 from .folders.loading import CHECK_TEXTS, load_in_fresh_process, quiet_transformers, smallest_cosine
 from .folders.staging import WEIGHTS_OF_A_FOLDER, staged
@@ -139,13 +148,15 @@ def export_formats(
     if card is not None and not card.is_file():
         raise FolderError(f"{card} is no file.")
     formats.check()
-    model, tokenizer = _load(model_path)
+    model, tokenizer, kept = _load(model_path)
     with ExitStack() as stack:
         stage = stack.enter_context(staged(output, into_existing=True, stale=WEIGHTS_OF_A_FOLDER))
-        _write_folder(model, tokenizer, stage, dtype)
+        _write_folder(model, tokenizer, stage, dtype, normalize=kept.normalize)
         if card is not None:
             shutil.copyfile(card, stage / "README.md")
         _verify(model, stage, output, dtype)
+        if kept.settings:  # a default prompt would have been before the texts of the check
+            write_json(stage / SETTINGS, {**files.read_json(stage / SETTINGS), **kept.settings})
         places = {stage: output}
         if formats.tei is not None:
             places[stack.enter_context(staged(formats.tei))] = formats.tei
@@ -157,8 +168,12 @@ def export_formats(
 
 
 def _load(model_path: str):
-    """The checkpoint in float32 and its tokenizer, as they are published."""
+    """The checkpoint in float32, its tokenizer and settings, as they are published.
+
+    The length that a training cut its texts at is none of them.
+    """
     folder = fetch(model_path)
+    kept = carried_settings(folder)
     _, config = read_fitting(folder)
     refuse_bad_tokenizer(folder, config)
     model = JinaBertModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -167,10 +182,10 @@ def _load(model_path: str):
     # Training leaves its truncation in the fast tokenizer; a published tokenizer has none baked in.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    return model, tokenizer
+    return model, tokenizer, kept
 
 
-def _write_folder(model: JinaBertModel, tokenizer, folder: Path, dtype: str):
+def _write_folder(model: JinaBertModel, tokenizer, folder: Path, dtype: str, *, normalize: bool):
     model.config.architectures = [type(model).__name__]
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
@@ -180,7 +195,8 @@ def _write_folder(model: JinaBertModel, tokenizer, folder: Path, dtype: str):
             raise FolderError(f"{name} has values that are not finite as {dtype}.")
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     write_tokenizer(tokenizer, folder)
-    for name, content in sentence_transformers_files(model.config.hidden_size, model.config.model_max_length).items():
+    shape = model.config.hidden_size, model.config.model_max_length
+    for name, content in sentence_transformers_files(*shape, normalize=normalize).items():
         write_json(folder / name, content)
     write_code(folder)
 

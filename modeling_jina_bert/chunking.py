@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from .encoding import check_text, evaluation_mode, token_budget_batches
+from .encoding import call_tokenizer, check_text, evaluation_mode, token_budget_batches
 from .packing import Sequences
 
 TOKENS_PER_BATCH = 16384
@@ -288,7 +288,8 @@ class EncodeChunksMixin(_PreTrainedModel):
 
     def _documents(self, texts: list[tuple[int, str, Any]]) -> list[_Document]:
         """Tokenises texts, each with its place among all texts and its cut, and finds the tokens of their chunks."""
-        columns = self.tokenizer(
+        columns = call_tokenizer(
+            self.tokenizer,
             [text for _, text, _ in texts],
             truncation=False,
             return_offsets_mapping=True,
@@ -300,7 +301,7 @@ class EncodeChunksMixin(_PreTrainedModel):
         for row, (index, text, cut) in enumerate(texts):
             tokens = _Tokens(text, columns["offset_mapping"][row], columns["special_tokens_mask"][row])
             chunks = _chunks(text, tokens, cut, index)
-            sums = torch.zeros(len(chunks), self.config.hidden_size, device=self.device)
+            sums = torch.zeros(len(chunks), self.config.hidden_size, device=self._input_device)
             documents.append(_Document(text, columns["input_ids"][row], chunks, sums))
         return documents
 
@@ -318,10 +319,11 @@ class EncodeChunksMixin(_PreTrainedModel):
             for document, (start, _, end) in (windows[i] for i in batch):
                 input_ids.extend(document.input_ids[start:end])
             sizes = [lengths[i] for i in batch]
+            device = self._input_device
             sequences = Sequences.of_lengths(
-                self.slopes, sizes, dtype=self.dtype, device=self.device, sparse=self.config.sparse_attention
+                self.slopes, sizes, dtype=self.dtype, device=device, sparse=self.config.sparse_attention
             )
-            hidden_states = self._hidden_states(sequences, torch.tensor(input_ids, device=self.device)).split(sizes)
+            hidden_states = self._hidden_states(sequences, torch.tensor(input_ids, device=device)).split(sizes)
             for of_window, (document, window) in zip(hidden_states, (windows[i] for i in batch), strict=True):
                 document.add(of_window, window)
 

@@ -7,7 +7,7 @@ transformers builds the model on the meta device.
 
 import functools
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .alibi import alibi_slopes
+from .attention import ATTENTION_FUNCTIONS
 from .checkpoints import PublishedCheckpointMixin
 from .chunking import EncodeChunksMixin
 from .configuration_jina_bert import JinaBertConfig
@@ -79,6 +80,18 @@ class JinaBertPreTrainedModel(PublishedCheckpointMixin, PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """Raises ValueError for what transformers takes and no layer of ours computes: other packages, hub kernels."""
+        if attn_implementation is not None and attn_implementation not in ATTENTION_FUNCTIONS:
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} is none of {', '.join(ATTENTION_FUNCTIONS)}: other "
+                "kernels do not know JinaBERT's ALiBi."
+            )
+        found = super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        if found not in ATTENTION_FUNCTIONS:  # a kernel of the Hub in place of a package that is not installed
+            raise ImportError(f"attn_implementation={attn_implementation!r}: the package flash-attn is not installed.")
+        return found
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -8,11 +8,17 @@ padding, stays padded: position 0, which the pooler reads, is a padding token th
 value of its own.
 """
 
+import copy
 import functools
 
 import torch
 
 from .alibi import alibi_bias
+
+
+def is_traced() -> bool:
+    """Whether a graph is being made that is to serve other values than those of the example."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 class Sequences:
@@ -42,6 +48,18 @@ class Sequences:
         self.attention_mask: torch.Tensor | None = None
         self.cu_seqlens: torch.Tensor | None = None
         self._indices: torch.Tensor | None = None  # of the tokens among the flattened positions
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Sequences":
+        """These on another device, itself if they are there; accelerate asks every layer's inputs for it."""
+        device = torch.device(device)
+        if self.slopes.device == device:
+            return self
+        moved = copy.copy(self)
+        moved.__dict__.pop("bias", None)
+        for name in ("slopes", "attention_mask", "_indices"):
+            tensor = getattr(self, name)
+            setattr(moved, name, None if tensor is None else tensor.to(device, non_blocking=non_blocking))
+        return moved
 
     @functools.cached_property
     def bias(self) -> torch.Tensor:
@@ -76,7 +94,7 @@ class Sequences:
         self = cls(slopes, dtype=dtype, device=device, sparse=sparse)
         self.batch, self.length = batch, length
         self.attention_mask = attention_mask.bool() if attention_mask is not None else None
-        if torch.compiler.is_exporting():
+        if is_traced():
             # What follows looks at the values of the mask; an exported graph serves every mask.
             return self
         if self.attention_mask is None or bool(self.attention_mask.all()):
@@ -114,7 +132,7 @@ class Sequences:
 
     def unpack(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The way back, `(batch, length, ...)`, zero at padding that was packed away."""
-        return self.pad(hidden_states) if self.is_flat else hidden_states
+        return self.to(hidden_states.device).pad(hidden_states) if self.is_flat else hidden_states
 
     def pad(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(tokens, ...)` in packed order -> `(batch, length, ...)`, zero at padding."""

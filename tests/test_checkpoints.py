@@ -2,11 +2,12 @@
 
 import json
 import logging
+import pickle
 import shutil
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import SHIPPED, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertModel
 
@@ -176,6 +177,35 @@ def test_integers_are_no_weights(plain):
     rewrite(plain, **{KEY: torch.ones(64, 64, dtype=torch.int8)})
     with pytest.raises(ValueError, match=f"{KEY} is stored as I8, not one of F64, F32, F16, BF16"):
         JinaBertModel.from_pretrained(plain)
+
+
+def test_a_layout_that_is_neither_is_refused(plain):
+    """As of a code repository that we do not know: the layers of one layout, and something between them."""
+    rewrite(plain, **{"encoder.layer.0.attention.self.layer_norm_x.weight": torch.ones(4)})
+    with pytest.raises(ValueError, match=r"1 tensors in its layers .*layer_norm_x"):
+        JinaBertModel.from_pretrained(plain)
+
+
+def test_buffers_of_published_files_are_left_out(plain):
+    rewrite(plain, **{"encoder.alibi": torch.ones(1, 4, 8, 8), "embeddings.position_ids": torch.arange(8.0)[None]})
+    JinaBertModel.from_pretrained(plain)
+
+
+@pytest.mark.parametrize("value", ["torch", None])
+def test_the_attention_field_of_the_published_code(plain, value):
+    """Its configuration has one of that name and writes it into config.json."""
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**config, "attn_implementation": value}))
+    assert JinaBertModel.from_pretrained(plain).config._attn_implementation == "sdpa"
+
+
+def test_the_tokenizer_comes_from_where_the_weights_did():
+    """A folder inside a repository; an access token gets into no pickle."""
+    model = JinaBertModel.from_pretrained(SHIPPED.parent, subfolder=SHIPPED.name, token="hf_secret")
+    assert model.encode("a word").shape == (256,)
+    again = pickle.dumps(JinaBertModel.from_pretrained(SHIPPED.parent, subfolder=SHIPPED.name, token="hf_secret"))
+    assert b"hf_secret" not in again
+    assert pickle.loads(again).encode("a word").shape == (256,)
 
 
 @pytest.mark.parametrize("layers", [1, 10**9])

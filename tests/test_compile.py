@@ -1,5 +1,7 @@
 """torch.compile and torch.export: one graph for the layers, whatever the lengths, with the numbers of the model."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -58,6 +60,27 @@ def test_training_the_compiled_layers(implementation, post_norm):
     assert counter.frame_count > 0
     for expected, found in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
+def test_training_under_the_default_compiler(model):
+    """inductor, which a user's `compile()` takes: the same states and gradients, compiled once for two lengths."""
+    model.train()
+    counter = CompileCounterWithBackend("inductor")
+    batches = [batch(2, 23), batch(3, 71)]
+    results, frames = [], []
+    for compiled in (False, True):
+        if compiled:
+            model.encoder.compile(backend=counter, fullgraph=True, dynamic=True)
+        for inputs in batches:
+            model.zero_grad()
+            states = model(**inputs).last_hidden_state
+            states.square().mean().backward()
+            results.append([states.detach(), *(parameter.grad.clone() for parameter in model.encoder.parameters())])
+            frames.append(counter.frame_count)
+    assert 0 < frames[2] == frames[3]
+    for found, expected in zip(results[2:], results[:2], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_whole_model_stops_recompiling(model):

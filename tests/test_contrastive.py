@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, tiny_config
@@ -303,11 +304,43 @@ def test_what_was_fetched_ahead_is_not_taken_for_trained_on():
     assert [len(list(resumed)), len(list(resumed)), len(list(resumed))] == [10, 5, 0]  # epochs stay where they were
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pass_without_a_batch_is_not_the_end(seed):
+    """40 questions by 40 answers in 90 rows: whether a pass has 28 without a clash depends on its order."""
+    generator = np.random.default_rng(0)
+    questions, answers = generator.integers(40, size=(2, 90)).tolist()
+    rows = [{"anchor": f"q{q}", "positive": f"a{a}"} for q, a in zip(questions, answers, strict=True)]
+    batches = SourceBatches({"a": Dataset.from_list(rows)}, {"a": 1.0}, size=28, seed=seed)
+    visits = [batches.draw().place["cursors"]["a"]["visit"] for _ in range(20)]
+    assert max(np.diff(visits)) > 1
+
+
+def test_a_place_in_sources_of_other_sizes_is_refused():
+    place = source_batches().draw().place
+    smaller = {**SOURCES, "a": SOURCES["a"].select(range(50))}
+    with pytest.raises(RecipeError, match=r"the sources had .*'a': 90.* now .*'a': 50"):
+        SourceBatches(smaller, WEIGHTS, size=8, seed=3, place=place)
+    turned = dict(reversed(SOURCES.items()))
+    with pytest.raises(RecipeError, match="no longer what they were"):
+        SourceBatches(turned, WEIGHTS, size=8, seed=3, place=place)
+
+
 def test_a_source_that_makes_no_batch_is_named():
     with pytest.raises(RecipeError, match=r"source b: a batch needs 16 rows .* its 40 rows gave 13"):
         source_batches(size=16)
     with pytest.raises(RecipeError, match=r"source c: .* its 30 rows gave 30"):
         SourceBatches({"c": SOURCES["c"]}, WEIGHTS, size=31, seed=0)
+
+
+def test_anchors_that_differ_in_case_alone_are_on_one_side(folder):
+    anchors = [f"Question {number}" for number in range(200)]
+    rows = [{"anchor": text, "positive": "x"} for anchor in anchors for text in (anchor, f" {anchor.upper()} ")]
+    config = recipe(folder, sources=[Source(name="a", heldout_share=0.3)])
+    training, heldout = split_heldout(DatasetDict(a=Dataset.from_list(rows)), config)
+    sides = [{pair_key(text, "") for text in side["a"]["anchor"]} for side in (training, heldout)]
+    assert sides[0].isdisjoint(sides[1])
+    queries, _, relevant = retrieval_set(heldout["a"], training["a"], queries=1000, corpus=1000)
+    assert len(queries) == len(relevant) == len(heldout["a"]) / 2
 
 
 def test_anchors_are_held_out_as_a_whole(folder):

@@ -125,13 +125,21 @@ def test_pooling_length_and_prompts_are_carried_over(source, tmp_path):
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, source / name)
     (source / "modules.json").write_text(json.dumps(modules[:2]))
     rewrite_json(source / "sentence_bert_config.json", max_seq_length=777)
-    rewrite_json(source / "config_sentence_transformers.json", prompts={"query": "q: "})
+    settings = {"prompts": {"query": "q: "}, "default_prompt_name": "query", "similarity_fn_name": "dot"}
+    settings["truncate_dim"] = 16
+    rewrite_json(source / "config_sentence_transformers.json", **settings)
     convert(source, tmp_path / "second")
     assert json.loads((tmp_path / "second" / "modules.json").read_text()) == modules[:2]
     assert json.loads((tmp_path / "second" / "sentence_bert_config.json").read_text())["max_seq_length"] == 777
-    assert json.loads((tmp_path / "second" / "config_sentence_transformers.json").read_text())["prompts"] == {
-        "query": "q: "
-    }
+    assert json.loads((tmp_path / "second" / "config_sentence_transformers.json").read_text()) == settings
+    (source / "sentence_bert_config.json").unlink()  # releases from 6 on have it in the tokenizer alone
+    for length, written in ((99, 99), (10**30, 8192)):
+        rewrite_json(source / "tokenizer_config.json", model_max_length=length)
+        convert(source, tmp_path / str(written))
+        assert (
+            json.loads((tmp_path / str(written) / "sentence_bert_config.json").read_text())["max_seq_length"]
+            == written
+        )
     rewrite_json(source / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_cls_token=True)
     with pytest.raises(FolderError, match="not the mean"):
         convert(source, tmp_path / "third")

@@ -1,8 +1,10 @@
 """`encode`: batch equals single, order and padding do not matter, bad input is named, truncation is said once."""
 
+import copy
 import logging
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -80,8 +82,53 @@ def test_the_next_texts_are_tokenised_during_the_forward_pass(model, monkeypatch
 
 
 def test_an_error_of_the_tokenizer_reaches_the_caller(model):
-    with pytest.raises(ValueError, match="activate truncation"):
-        model.encode(TEXTS, return_tensors="pt")
+    with pytest.raises(BaseException, match="stride"):  # what tokenizers raises
+        model.encode(TEXTS, stride=9, max_length=5)
+
+
+@pytest.mark.parametrize("argument", [{"prompt": "query: "}, {"precision": "int8"}, {"max_lenght": 3}])
+def test_an_argument_that_nobody_takes_is_an_error(model, argument):
+    with pytest.raises(TypeError, match=next(iter(argument))):
+        model.encode(TEXTS, **argument)
+
+
+def test_ways_to_say_how_long_a_text_may_be(model):
+    text = "word " * 600
+    whole = model.encode(text, truncation=False)
+    np.testing.assert_array_equal(model.encode(text, truncation="do_not_truncate", max_length=9), whole)
+    with pytest.raises(ValueError, match="max_length=0 is less than one token"):
+        model.encode(text, max_length=0)
+
+
+def test_a_model_that_encode_moved_can_be_trained(model):
+    moved = copy.deepcopy(model)
+    moved.encode(TEXTS, device=torch.float64)  # as to another device: every parameter is a new tensor
+    assert moved.dtype == torch.float64
+    assert not any(parameter.is_inference() for parameter in moved.parameters())
+    moved.train()(torch.tensor([[5, 6]])).last_hidden_state.sum().backward()
+
+
+def test_threads_do_not_see_the_truncation_of_one_another(model):
+    """A tokenizer keeps it between setting and using it; every thread waits there, if nothing keeps it out."""
+    backend = model.tokenizer.backend_tokenizer
+
+    class Slow:
+        def __getattr__(self, name):
+            time.sleep(0.002)
+            return getattr(backend, name)
+
+    texts = ["one two three four five six", "word " * 50]
+    with count_truncations(), pytest.MonkeyPatch.context() as patch:
+        expected = model.encode(texts[0], max_length=8), model.encode(texts[1], max_length=4)
+        patch.setattr(model.tokenizer, "_tokenizer", Slow())
+        with ThreadPoolExecutor(4) as executor:
+            lengths = [(8, 4)[number % 2] for number in range(24)]
+            calls = [
+                executor.submit(model.encode, texts[number % 2], max_length=length)
+                for number, length in enumerate(lengths)
+            ]
+            for number, call in enumerate(calls):
+                np.testing.assert_array_equal(call.result(), expected[number % 2])
 
 
 def test_texts_without_any_token_are_zero(model):
@@ -174,8 +221,8 @@ def test_the_training_flag_is_restored(model):
         model.train(mode)
         model.encode("x")
         assert model.training is mode
-        with pytest.raises(ValueError, match="activate truncation"):
-            model.encode(TEXTS, return_tensors="pt")
+        with pytest.raises(BaseException, match="stride"):
+            model.encode(TEXTS, stride=9, max_length=5)
         assert model.training is mode
 
 

@@ -28,7 +28,7 @@ from evaluation.mlm_texts import (
     windows,
 )
 from modeling_jina_bert import JinaBertForMaskedLM
-from modeling_jina_bert.masking import IGNORED
+from modeling_jina_bert.masking import IGNORED, WordPieces
 from training.masking import WholeWordMaskingCollator
 
 TABLE = 33  # positions of the BERT
@@ -242,15 +242,19 @@ def test_shuffled_words_change_what_a_model_scores(folders, text):
 
 
 def test_what_ignores_the_context_by_hand():
-    """Of the targets 7 7 5 and 7 9 the 7 is three fifths; a token that is shown is the original half of the time."""
-    original = torch.tensor([[7, 7, 5, 1], [7, 9, 9, 9]])
-    shown = torch.tensor([[0, 5, 5, 1], [0, 0, 9, 9]])  # 0 is [MASK]; 7 became 5, 5 stayed
-    targets = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    """Of the targets 7 7 5 7 and 7 9 the 7 is four sixths. Each of 9 ordinary tokens is drawn with 1/9 of the
+    probability that one stays; 5 is likely the original, 4, which is no target, cannot be."""
+    original = torch.tensor([[7, 7, 5, 7, 1], [7, 9, 9, 9, 9]])
+    shown = torch.tensor([[0, 5, 5, 4, 1], [0, 0, 9, 9, 9]])  # 0 is [MASK]; 7 became 5, 5 stayed, 7 became 4
+    targets = torch.tensor([[True, True, True, True, False], [True, True, False, False, False]])
+    pieces = WordPieces(torch.zeros(10, dtype=torch.bool), torch.arange(10) == 0, mask=0)
     texts = [MaskedText("here:1", *row) for row in zip(original, shown, targets, strict=True)]
-    first, second = context_free_scores(texts, 0)
-    assert (first[:2], second[:2]) == ((3, 2), (2, 1))
-    assert first[2] == pytest.approx(math.log(5 / 3) - math.log(0.5 * 3 / 5) - math.log(0.5 + 0.5 / 5))
-    assert second[2] == pytest.approx(math.log(5 / 3) + math.log(5))
+    first, second = context_free_scores(texts, pieces)
+    assert (first[:2], second[:2]) == ((4, 3), (2, 1))
+    shown_as_5 = 1 / 6 + 1 / 9
+    likelihoods = [4 / 6, 4 / 6 / 9 / shown_as_5, 1 / 6 * (1 + 1 / 9) / shown_as_5, 4 / 6]
+    assert first[2] == pytest.approx(-sum(map(math.log, likelihoods)))
+    assert second[2] == pytest.approx(math.log(6 / 4) + math.log(6))
 
 
 @pytest.mark.parametrize("name", ["jina", "bert"])
@@ -376,6 +380,7 @@ def fails(capsys, argv: list[str]) -> str:
         (["--output", "/nowhere/at/all.json"], "lies in none"),
         (["--model", "/nowhere/model"], "/nowhere/model: no such folder"),
         (["--model", "Jina=elsewhere"], "the name Jina is taken"),
+        (["--lengths", "128", "--trained-length", "128"], r"--trained-length 128: BERT has \d+ positions"),
     ],
 )
 def test_wrong_arguments_are_named(folders, data, tmp_path, capsys, change, message):

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from sentence_transformers import SentenceTransformer
 from test_verify import DAMAGES, folder, rewrite, rewrite_json, whole  # noqa: F401  pytest finds the fixtures by name
 
 from hub_repo import export as export_module
@@ -111,3 +112,17 @@ def test_every_format_is_compared_at_a_long_input(tmp_path, monkeypatch):
     tei.write_tei(source, GOLDEN / "A-small4h", tmp_path)
     tei.check_tei(tmp_path, source, "float16")
     assert lengths == [129, 7, 129, 2049] * 2
+
+
+def test_what_a_source_says_of_its_vectors_is_kept_or_refused(folder, tmp_path, capsys):  # noqa: F811
+    settings = {"prompts": {"query": "q: "}, "default_prompt_name": "query", "similarity_fn_name": "dot"}
+    rewrite_json(folder / "config_sentence_transformers.json", **settings)
+    rewrite_json(folder / "sentence_bert_config.json", max_seq_length=16)  # as a training leaves it
+    assert main(["--model", str(folder), "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text()) == settings
+    model = SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True)
+    assert (model.max_seq_length, model.default_prompt_name, model.similarity_fn_name) == (8192, "query", "dot")
+    rewrite_json(folder / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_cls_token=True)
+    assert main(["--model", str(folder), "--output", str(tmp_path / "other")]) == 2
+    assert "pooling is not the mean" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

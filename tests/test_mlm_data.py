@@ -154,7 +154,7 @@ def test_two_processes_with_two_workers_each(tmp_path, tokenizer):
     (tmp_path / "part-0.jsonl").write_text("\n".join(rows))
     one = recipe(tmp_path, long_documents="cut", shuffle_buffer=5)
     one.sources = SOURCES[:1]
-    found = []
+    found, epochs = [], []
     for rank in range(2):
         reader = Reader(rank, 2, 2)
         loader = data_loader(batches_of(one, tokenizer, 6, reader), LoaderArguments())
@@ -172,9 +172,11 @@ def test_two_processes_with_two_workers_each(tmp_path, tokenizer):
             report = batch["report"]
             stopped.batches[report.consumer], stopped.places[report.consumer] = report.batches, report.place
         save_progress(tmp_path, reader, stopped, Tally(tokens=3 + rank))
+        epochs.append(epoch)
+    for rank, epoch in enumerate(epochs):
+        reader = Reader(rank, 2, 2)
         progress, total = load_progress(tmp_path, reader)
-        assert total.tokens == (3 if rank == 0 else 0)
-        (tmp_path / f"data-process{rank}.json").unlink()
+        assert total.tokens == (7 if rank == 0 else 0)
         rest = itertools.islice(data_loader(batches_of(one, tokenizer, 6, reader, progress), LoaderArguments()), 3)
         for batch, expected in zip(rest, epoch[3:], strict=True):
             assert all(torch.equal(batch[name], expected[name]) for name in ("input_ids", "labels"))
@@ -191,6 +193,22 @@ def test_batches_that_no_checkpoint_places_are_read_again(corpus, tokenizer):
     )
     for batch, wanted in zip(loader, [expected[1][1], expected[0][2], expected[1][2]], strict=False):
         assert torch.equal(batch["input_ids"], wanted["input_ids"])
+
+
+def test_places_are_those_of_one_run(tmp_path):
+    for rank in range(4):  # a checkpoint of this step by four processes, then by two
+        save_progress(tmp_path, Reader(rank, 4, 1), Progress([9] * 4, [{}] * 4), Tally(tokens=100))
+    for rank in range(2):
+        save_progress(tmp_path, Reader(rank, 2, 2), Progress([1, 2, 3, 4], [{}] * 4), Tally(tokens=10))
+    progress, total = load_progress(tmp_path, Reader(0, 2, 2))
+    assert (progress.batches, total.tokens) == ([1, 2, 3, 4], 20)
+    (tmp_path / "data-process1.json").unlink()
+    with pytest.raises(RecipeError, match=r"data-process1\.json is missing"):
+        load_progress(tmp_path, Reader(0, 2, 2))
+    save_progress(tmp_path, Reader(0, 2, 2), Progress([1, 2, 3, 4], [{}] * 4), Tally())
+    (tmp_path / "data-process1.json").write_text((tmp_path / "data-process0.json").read_text())
+    with pytest.raises(RecipeError, match="do not say where each of 4 readers"):
+        load_progress(tmp_path, Reader(0, 2, 2))
 
 
 def test_another_number_of_readers_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Stage I as a run: what it computes, what it says, when it stops, and that it goes on where it was killed."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +26,17 @@ from training import mlm
 from training.masking import WholeWordMaskingCollator
 from training.monitor import Monitor, device_peak, training_flops
 from training.packing import Progress, Reader, Report, Tally
-from training.recipe import MLMRecipe, RecipeError, accumulation_steps, command_line, load_recipe
-from training.run import TrainingDiverged, checkpoints, exit_on_recipe_error, is_whole, mark_whole, resume_checkpoint
+from training.recipe import MLMRecipe, RecipeError, Source, accumulation_steps, command_line, load_recipe
+from training.run import (
+    TrainingDiverged,
+    checkpoints,
+    exit_on_recipe_error,
+    is_whole,
+    leave_behind,
+    mark_whole,
+    resume_checkpoint,
+)
+from training.sources import open_tokenizer
 
 
 def test_the_log_says_what_was_trained_on(run):
@@ -155,11 +165,62 @@ def test_whole_checkpoints(tmp_path):
     (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()  # deleting it had begun
     assert resume_checkpoint(str(tmp_path), True) == str(tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-9" / "complete.json").write_text('{"trainer')
-    with pytest.raises(RecipeError, match=r"no checkpoint in .* \(3 are not whole\)"):
-        resume_checkpoint(str(tmp_path), True)
+    assert resume_checkpoint(str(tmp_path), True) is None  # killed before the first was whole: it begins
+    with pytest.raises(RecipeError, match=r"checkpoint-100 is not whole"):
+        resume_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-100"))
+    with pytest.raises(RecipeError, match="there is no checkpoint in"):
+        resume_checkpoint(str(tmp_path / "elsewhere"), True)
     old = checkpoint(50)
     (old / "recipe.yaml").touch()  # versions without the list wrote the recipe last
     assert resume_checkpoint(str(tmp_path), True) == str(old)
+
+
+def test_a_run_that_went_back_goes_on_with_what_it_trained_then(run, tmp_path, caplog):
+    """From step 4 once more, killed there: `--resume` takes its step 4 up, not step 6 of the run that was left."""
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("final"))
+    left = (tmp_path / "checkpoint-6" / "model.safetensors").read_bytes()
+    once_more = [*WORKERS, "training.learning_rate=5e-3"]
+    mlm.train(recipe(tmp_path, *once_more, "training.max_steps=5"), resume=str(tmp_path / "checkpoint-4"))
+    assert "now left-checkpoint-6" in caplog.text
+    assert (tmp_path / "left-checkpoint-6" / "model.safetensors").read_bytes() == left
+    assert resume_checkpoint(str(tmp_path), True) in map(str, tmp_path.glob("checkpoint-[45]"))
+    leave_behind(str(tmp_path), 2)
+    assert not list(tmp_path.glob("checkpoint-[456]"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("shuffle_buffer=9", "shuffle_buffer=50, the recipe has 9"),
+        ("training.seed=7", "training.seed=[0-9]+, the recipe has 7"),
+        ("max_length=40", "max_length=[0-9]+, the recipe has 40"),
+    ],
+)
+def test_a_place_in_other_data_is_refused(run, tmp_path, change, message):
+    with pytest.raises(RecipeError, match=message):
+        mlm.train(recipe(tmp_path, *WORKERS, change), resume=str(run / "checkpoint-4"))
+
+
+def test_changed_steps_are_those_of_the_recipe(run, tmp_path):
+    """The Trainer alone would go on with the steps of the checkpoint."""
+    mlm.train(recipe(tmp_path, *WORKERS, "training.logging_steps=2"), resume=str(run / "checkpoint-2"))
+    assert [entry["step"] for entry in log(tmp_path) if "loss" in entry] == [4, 6]
+
+
+def test_all_held_out_parts_are_evaluated(tmp_path):
+    """`heldout` alone would fill what is asked for; a source that ends is not begun again."""
+    for name in ("a", "b", "c"):
+        rows = [json.dumps({"text": f"{name} {number} word"}) for number in range(3 if name == "a" else 200)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    mine = recipe(tmp_path, f"data_dir={tmp_path}", "heldout_sequences=40")
+    mine.heldout = [Source(name=name, path=f"{name}.jsonl", weight=weight) for name, weight in (("a", 9), ("b", 1))]
+    mine.sources = [Source(name="c", path="c.jsonl", heldout_share=0.5)]
+    tokenizer = open_tokenizer(mine.tokenizer)
+    found = mlm.heldout_sequences(mine, tokenizer, mlm.stage_arguments(mine))
+    texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in found]
+    assert len(texts) == len(set(texts)) == 40
+    assert [text[0] for text in texts].count("c") == 20
+    assert [text[0] for text in texts].count("a") == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

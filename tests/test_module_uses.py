@@ -7,14 +7,18 @@ from threading import Barrier, Event, current_thread
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from conftest import tiny_config
 from torch import nn
+from transformers import BertTokenizer
 
 import modeling_jina_bert as jina_bert
 from modeling_jina_bert import JinaBertModel, onednn
+from modeling_jina_bert.packing import Sequences
 
 IDS = torch.arange(1, 15).view(2, 7)
 MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
 HEADS = {
     "MaskedLM": IDS,
     "SequenceClassification": IDS,
@@ -73,6 +77,39 @@ def test_embeddings_on_disk(tmp_path):
     offloaded = JinaBertModel.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
     assert offloaded.embeddings.token_type_embeddings.weight.is_meta
     torch.testing.assert_close(offloaded(IDS).last_hidden_state, model(IDS).last_hidden_state)
+    offloaded.tokenizer = model.tokenizer = BertTokenizer({**SPECIAL, "word": 7})
+    np.testing.assert_allclose(offloaded.encode("word"), model.encode("word"), atol=1e-5)
+    chunks = [next(iter(m.encode_chunks("word word", "sentences"))).embedding for m in (offloaded, model)]
+    np.testing.assert_allclose(*chunks, atol=1e-5)
+
+
+def test_sequences_follow_a_layer_to_its_device():
+    """accelerate moves the inputs of a layer on another GPU; here the other device is one without memory."""
+    sequences = Sequences.of_batch((0.5, 0.25), MASK, 2, 7, dtype=torch.float32, device=torch.device("cpu"))
+    moved = send_to_device(sequences, torch.device("meta"))
+    assert moved is not sequences
+    assert {moved.slopes.device.type, moved.attention_mask.device.type, moved._indices.device.type} == {"meta"}
+    assert moved.bias.device.type == "meta"
+    assert moved.cu_seqlens is sequences.cu_seqlens  # on the CPU always
+    assert sequences.to("cpu") is sequences
+    assert sequences.unpack(torch.empty(11, 4, device="meta")).shape == (2, 7, 4)
+
+
+def test_a_trace_of_full_sequences_serves_padding():
+    model = model_of().requires_grad_(False)
+    traced = torch.jit.trace(
+        lambda ids, mask: model(ids, mask).last_hidden_state, (IDS, torch.ones_like(IDS)), check_trace=False
+    )
+    valid = MASK.bool()
+    torch.testing.assert_close(traced(IDS, MASK)[valid], model(IDS, MASK).last_hidden_state[valid])
+
+
+@pytest.mark.parametrize("name", ["paged|eager", "flash_attention_3", "kernels-community/flash-attn2", "nothing"])
+def test_attention_that_does_not_know_alibi_is_refused(name):
+    with pytest.raises(ValueError, match="is none of eager, sdpa"):
+        model_of(attn_implementation=name)
+    with pytest.raises(ValueError, match="is none of eager, sdpa"):
+        model_of().set_attn_implementation(name)
 
 
 @pytest.fixture

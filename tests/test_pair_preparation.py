@@ -27,7 +27,7 @@ from pair_data import (  # noqa: F401  pytest finds the fixtures by name
 )
 
 from training import pair_preparation
-from training.consistency import compared, load_pool, load_teacher, smallest_hashes
+from training.consistency import Pool, compared, load_pool, load_teacher, smallest_hashes
 from training.corpus_recipe import Executor
 from training.pair_recipe import Consistency, check, step_names
 from training.recipe import RecipeError, Source, save_recipe
@@ -119,7 +119,7 @@ def test_the_consistency_filter_agrees_with_ranking_every_passage(finished):
         if top == 2:
             assert set(kept(finished)) == expected
         positives = teacher.embed([p for _, _, p in pairs], "document")
-        ours = compared(queries.astype(np.float32), positives, load_pool(finished / "work" / "pool"), top)
+        ours = compared(queries.astype(np.float32), positives, load_pool(finished / "work" / "pool").index, top)
         assert {pair for pair, (own, rival) in zip(pairs, ours, strict=True) if own >= rival - 1e-5} == expected
 
 
@@ -131,6 +131,19 @@ def test_a_place_in_the_pool_is_by_hand():
     assert compared(query, own, pool, 2)[0].tolist() == pytest.approx([0.6, 1.0])
     assert compared(query, own, pool, 3)[0].tolist() == pytest.approx([0.6, 0.6])  # its own copy takes no place
     assert compared(query, own, pool, 5)[0].tolist() == pytest.approx([0.6, -1.0])
+
+
+def test_a_positive_of_the_pool_has_the_vector_of_the_pool():
+    """Its own copy, rounded otherwise in another batch, would push it out of its place."""
+    index = faiss.IndexFlatIP(2)
+    index.add(np.array([[1, 0], [0.6, 0.8]], np.float32))
+    pool = Pool(index, np.array([9, 5], np.uint64))
+    rounded = np.array([[0.6, 0.79], [0, 1], [0.5, 0.5]], np.float32)
+    own = pool.with_its_own(np.array([5, 7, 2**63 + 9], np.uint64), rounded)
+    np.testing.assert_array_equal(own, np.array([[0.6, 0.8], [0, 1], [0.5, 0.5]], np.float32))
+    query = np.array([[0.6, 0.8]], np.float32)
+    assert compared(query, rounded[:1], index, 1)[0, 0] < compared(query, rounded[:1], index, 1)[0, 1]
+    assert compared(query, own[:1], index, 1)[0].tolist() == pytest.approx([1, 1])
 
 
 def test_the_pairs_that_stay_do_not_depend_on_order_files_or_tasks(data, tmp_path):
@@ -157,7 +170,7 @@ def test_pool_and_sample_are_of_the_size_asked_for_and_do_not_depend_on_tasks(da
             "letters": 6,
             "notes": 6,
         }
-        assert load_pool(output / "work" / "pool").ntotal == 7
+        assert load_pool(output / "work" / "pool").index.ntotal == 7
         assert "At most 6 pairs of each source were judged" in (output / "report.md").read_text()
     for part, numbers in enumerate(([9, 3, 5], [3, 1], [])):
         np.save(tmp_path / f"{part}.npy", np.array(numbers, np.uint64))

@@ -2,8 +2,9 @@
 
 Laws: pool and sample are the texts with the smallest seeded hashes, so they depend on the pairs alone, not on how they
 were read or cut into tasks. A positive of the pool that is no nearer than the pair's own takes no place from it; so
-it does not matter whether the pair's own is in the pool. Texts are embedded in float32 and searched exactly (faiss);
-in float16, a cosine's error of 1e-4, where a recipe keeps the vectors for distillation.
+it does not matter whether the pair's own is in the pool. A positive of the pool has one vector, the pool's. Texts
+are embedded in float32 (in bfloat16 where the recipe says so) and searched exactly (faiss); where a recipe keeps the
+vectors for distillation, they are kept in float16, a cosine's error of 1e-4.
 COST: a pair takes two texts through the teacher and 2 x pool x width FLOPs of search (0.8 GFLOP for the paper's pool
 and 384 dimensions); a task holds the pool's vectors (1.5 GB for that).
 """
@@ -11,6 +12,7 @@ and 384 dimensions); a task holds the pool's vectors (1.5 GB for that).
 import functools
 from array import array
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 _JUDGED = 512  # pairs embedded at a time, so that texts of similar length share a batch
 _JUDGED_AND_KEPT = 4096  # of which the vectors are kept: those of a batch are a file
-_TOLERANCE = 1e-5  # the same text in another batch has another vector by 1e-7
+_TOLERANCE = 1e-5  # two ways of computing one product of float32 vectors differ by 1e-7
 
 
 @functools.cache
@@ -170,8 +172,35 @@ class EmbedPool(PipelineStep):
             np.savez(file, keys=np.fromiter(texts, np.uint64, len(texts)), vectors=vectors)
 
 
-def load_pool(folder: Path) -> "faiss.IndexFlatIP":
-    """The index of a pool; a passage that several tasks embedded is in it once.
+@dataclass
+class Pool:
+    """The passages that positives are judged among.
+
+    Attributes:
+        index: Their vectors, of length 1.
+        keys: Their `passage_hash`es, `(passages,) uint64`, in the order of the index.
+    """
+
+    index: "faiss.IndexFlatIP"
+    keys: np.ndarray
+
+    def __post_init__(self):
+        self._order = np.argsort(self.keys)
+
+    def with_its_own(self, keys: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """Vectors of passages, `(passages, width) float32`, in which one that the pool has is the pool's.
+
+        In another batch a text has another vector, under bfloat16 by more than what decides a place.
+        """
+        vectors = vectors.copy()
+        places = self._order[np.searchsorted(self.keys, keys, sorter=self._order).clip(max=len(self.keys) - 1)]
+        for row in np.flatnonzero(self.keys[places] == keys).tolist():
+            vectors[row] = self.index.reconstruct(int(places[row]))
+        return vectors
+
+
+def load_pool(folder: Path) -> Pool:
+    """A pool; a passage that several tasks embedded is in it once.
 
     Args:
         folder: With `keys (passages,) uint64` and `vectors (passages, width) float32` in each .npz.
@@ -183,9 +212,10 @@ def load_pool(folder: Path) -> "faiss.IndexFlatIP":
         with np.load(file) as part:
             keys, vectors = part["keys"], part["vectors"]
         index = index or faiss.IndexFlatIP(vectors.shape[1])
-        index.add(np.ascontiguousarray(vectors[~np.isin(keys, seen)]))
-        seen = np.union1d(seen, keys)
-    return index
+        new = ~np.isin(keys, seen)
+        index.add(np.ascontiguousarray(vectors[new]))
+        seen = np.append(seen, keys[new])
+    return Pool(index, seen)
 
 
 def compared(queries: np.ndarray, positives: np.ndarray, pool: "faiss.IndexFlatIP", top: int) -> np.ndarray:
@@ -214,9 +244,10 @@ class ConsistencyFilter(BaseFilter):
     type = "FILTER"
     name = "consistency"
 
-    def __init__(self, folder: str, consistency: Consistency, exclusion_writer: "Removed | None" = None):
+    def __init__(self, folder: str, consistency: Consistency, seed: int, exclusion_writer: "Removed | None" = None):
         super().__init__(exclusion_writer, batch_size=_JUDGED_AND_KEPT if consistency.cache_dir else _JUDGED)
         self.folder = Path(folder)
+        self.seed = seed
         self.consistency = consistency
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
@@ -229,8 +260,9 @@ class ConsistencyFilter(BaseFilter):
 
     def filter_batch(self, batch: list[Document]) -> list[bool]:
         queries, positives = zip(*map(pair_of, batch), strict=True)
-        vectors = self.teacher.embed(list(queries), "query"), self.teacher.embed(list(positives), "document")
-        cosines = compared(*vectors, self.pool, self.consistency.top)
+        keys = np.array([passage_hash(document, self.seed) for document in batch], np.uint64)
+        own = self.pool.with_its_own(keys, self.teacher.embed(list(positives), "document"))
+        cosines = compared(self.teacher.embed(list(queries), "query"), own, self.pool.index, self.consistency.top)
         for document, (own, rival) in zip(batch, cosines.tolist(), strict=True):
             document.metadata |= {"cosine": round(own, 4), "rival": round(rival, 4)}
         return (cosines[:, 0] >= cosines[:, 1] - _TOLERANCE).tolist()

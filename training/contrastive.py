@@ -30,7 +30,7 @@ from .pair_evaluation import build_evaluator
 from .pair_sources import load_sources, split_heldout
 from .pair_trainer import PairTrainer, open_batches, pair_arguments
 from .recipe import ContrastiveRecipe, RecipeError
-from .run import RunRecorder, check_checkpoint, resume_checkpoint
+from .run import RunRecorder, check_checkpoint, check_data, resume_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,8 @@ def run_training(recipe: ContrastiveRecipe, trainer: PairTrainer, checkpoint: st
 def _write_heldout(report: Path, moment: str, trainer: PairTrainer):
     step, history = trainer.state.global_step, trainer.state.log_history
     here = [entry for entry in history if entry["step"] == step and "eval_sequential_score" in entry]
+    if trainer.args.load_best_model_at_end:
+        here = []  # the model is no longer that of the last step
     metrics = here[-1] if here else trainer.evaluate()  # by all processes
     if trainer.is_world_process_zero():
         known = json.loads(report.read_text(encoding="utf-8")) if moment == "after" and report.is_file() else {}
@@ -202,6 +204,7 @@ def train(
     set_seed(arguments.seed)
     model = prepare_model(recipe, arguments)
     check_pair_checkpoint(checkpoint, recipe, model)
+    check_data(checkpoint, recipe)
     with arguments.main_process_first(desc="reading the sources"):
         rows, heldout = split_heldout(load_sources(recipe), recipe)
     evaluator = build_evaluator(recipe, heldout, rows, batch_size=arguments.per_device_eval_batch_size)

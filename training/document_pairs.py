@@ -29,6 +29,7 @@ from modeling_jina_bert.chunking import sentence_spans
 
 from .executors import check_output
 from .mining_texts import replacing, text_hashes
+from .pair_recipe import check_names
 from .recipe import RecipeError, Source, load_recipe, override, save_recipe
 from .source_files import check_source, open_source, readable, text_of
 
@@ -169,8 +170,11 @@ def write_pairs(recipe: DocumentPairsRecipe) -> dict[str, int]:
         raise RecipeError("min_words must be from 1 to max_words, and pairs_per_source at least 1.")
     if recipe.kind is Kind.passages and recipe.document_words < 3 * recipe.max_words:
         raise RecipeError(f"document_words={recipe.document_words} is below three times max_words.")
+    check_names(recipe.sources)
     check_output(recipe, what="pairs of documents")
     for source in recipe.sources:
+        if source.heldout_share:
+            raise RecipeError(f"source {source.name}: heldout_share would hold nothing out here.")
         check_source(source, recipe.data_dir, [source.text])
     save_recipe(recipe, recipe.output_dir)
     written = {}

@@ -58,23 +58,29 @@ def complete_card(path: Path, recipe: FinetuneRecipe):
 
 
 def summary(metrics: dict[str, dict[str, float]]) -> str:
-    """A table of the held-out metrics, a line each, with the moments as columns.
+    """A table of the held-out metrics, a line for each and each source, with the moments as columns.
 
     >>> print(summary({"before": {"data_cosine_ndcg@10": 0.25}, "after": {"data_cosine_ndcg@10": 0.5}}))
     held out                before    after
     ndcg@10                 0.2500   0.5000
     """
-    lines = [f"{'held out':<21}" + "".join(f"{moment:>9}" for moment in metrics)]
-    for shown in _SHOWN:
-        row = [value for found in metrics.values() for name, value in found.items() if name.endswith(f"_{shown}")]
-        if row:
-            lines.append(f"{shown:<21}" + "".join(f"{value:>9.4f}" for value in row))
+    names = list(dict.fromkeys(name for found in metrics.values() for name in found))
+    shown = [name for measure in _SHOWN for name in names if name.endswith(f"_{measure}")]
+    several = len({name.rpartition("_")[0] for name in shown}) > 1
+    labels = {name: name.replace("_cosine_", " ") if several else name.rpartition("_")[2] for name in shown}
+    width = max(20, *map(len, labels.values())) + 1 if labels else 21
+    lines = [f"{'held out':<{width}}" + "".join(f"{moment:>9}" for moment in metrics)]
+    for name, label in labels.items():
+        row = [f"{found[name]:>9.4f}" if name in found else f"{'-':>9}" for found in metrics.values()]
+        lines.append(f"{label:<{width}}" + "".join(row))
     return "\n".join(lines)
 
 
 def main():
     arguments = command_line("Fine-tunes a JinaBERT on pairs of your own.")
     recipe = load_recipe(FinetuneRecipe, arguments.config, arguments.overrides)
+    if not any(source.heldout_share for source in recipe.sources):
+        recipe.training["eval_strategy"] = "no"
     final = train(recipe, resume=arguments.resume)
     if int(os.environ.get("RANK", "0")) > 0:
         return

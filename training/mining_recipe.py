@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from .recipe import RecipeError, Source
-from .source_files import check_source
+from .source_files import check_source, source_files
 
 BM25 = "bm25"
 MINILM = "all-MiniLM-L6-v2"
@@ -166,6 +166,11 @@ def check(recipe: MiningRecipe):
     _check_names(recipe)
     _check_quotas(recipe)
     for source in recipe.sources:
+        if source.heldout_share:
+            raise RecipeError(
+                f"source {source.name}: heldout_share is for training; with the same share in its recipe stage III "
+                "keeps the same questions out of what is mined here."
+            )
         if not source.is_minable:
             raise RecipeError(
                 f"source {source.name}: what is near {source.kind.value} may match; stage III gives them random "
@@ -272,10 +277,8 @@ def _has_parent(folder: Path) -> bool:
 
 def input_files(recipe: MiningRecipe) -> dict[str, list[int]]:
     """Local files the results depend on: {path: [bytes, time of change in ns]}."""
-    root = Path(recipe.data_dir).expanduser()
     entries = [*recipe.sources, *([recipe.corpus] if recipe.corpus else [])]
-    paths = [Path(entry.path) for entry in entries if entry.path]
-    files = [file for path in paths for file in ([path] if path.is_absolute() else root.glob(str(path)))]
+    files = [file for entry in entries if entry.path for file in source_files(entry, recipe.data_dir)]
     for _, model in _models(recipe):
         files += [file for file in Path(model).rglob("*") if file.suffix in (".safetensors", ".bin", ".json")]
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(set(files))}

@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from modeling_jina_bert import JinaBertConfig, JinaBertForMaskedLM
 from modeling_jina_bert.masking import IGNORED
@@ -34,7 +35,7 @@ from .masking import WholeWordMaskingCollator
 from .monitor import Monitor, MonitoredTrainer, monitored_arguments, resumed_progress, summed, trained_steps
 from .packing import Reader, Report, Tally, TrainingBatches, data_loader
 from .recipe import MLMRecipe, RecipeError, accumulation_steps, command_line, load_recipe
-from .run import RunRecorder, check_checkpoint, exit_on_recipe_error, resume_checkpoint
+from .run import RunRecorder, check_checkpoint, check_data, exit_on_recipe_error, resume_checkpoint
 from .sources import open_sources, open_tokenizer, sequences
 
 _ARCHITECTURES: dict[str, tuple[type, type]] = {
@@ -111,15 +112,18 @@ class MLMTrainer(MonitoredTrainer):
         labels = labels[labels != IGNORED]
         self._correct += int((outputs.logits.argmax(dim=-1) == labels).sum())
         self._predicted += labels.numel()
+        if labels.numel():
+            self._loss += float(outputs.loss) * labels.numel()
         return outputs.loss.detach(), None, None
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._correct = self._predicted = 0
-        metrics = super().evaluate(*args, **kwargs)
-        correct, predicted = summed([self._correct, self._predicted], self.args.device)
-        accuracy = {"eval_accuracy": correct / max(predicted, 1), "eval_masked_tokens": int(predicted)}
-        self.log(accuracy)
-        return metrics | accuracy
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Adds the accuracy; the loss is the mean over masked tokens, where the Trainer's is one of batches' means."""
+        self._correct, self._predicted, self._loss = 0, 0, 0.0
+        output = super().evaluation_loop(*args, **kwargs)
+        correct, predicted, loss = summed([self._correct, self._predicted, self._loss], self.args.device)
+        means = {"eval_loss": loss / max(predicted, 1), "eval_accuracy": correct / max(predicted, 1)}
+        output.metrics.update(means, eval_masked_tokens=int(predicted))
+        return output
 
 
 def stage_arguments(recipe: MLMRecipe) -> TrainingArguments:
@@ -137,6 +141,8 @@ def stage_arguments(recipe: MLMRecipe) -> TrainingArguments:
         processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch say it
         decided["gradient_accumulation_steps"] = accumulation_steps(recipe, processes)
     arguments = monitored_arguments(TrainingArguments, recipe, command="training.mlm", **decided)
+    if not 0 < recipe.mlm_probability <= 1:
+        raise RecipeError(f"mlm_probability={recipe.mlm_probability} is no share of tokens, above 0 and at most 1.")
     if arguments.max_steps <= 0:
         raise RecipeError("training.max_steps must be set: the corpus is a stream without a length.")
     return arguments
@@ -145,7 +151,7 @@ def stage_arguments(recipe: MLMRecipe) -> TrainingArguments:
 def heldout_sequences(
     recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase, arguments: TrainingArguments
 ) -> list[dict[str, Any]] | None:
-    """The sequences to evaluate on: those of `heldout`, then of the sources' `heldout_share`; None without any.
+    """The sequences to evaluate on, each once, of `heldout` and of the `heldout_share`s in turn; None without any.
 
     Raises:
         RecipeError: Too few of them for the processes.
@@ -155,7 +161,9 @@ def heldout_sequences(
     parts += [sequences(recipe, shares, tokenizer, heldout=True)] if shares else []
     if not parts:
         return None
-    rows = itertools.islice(itertools.chain.from_iterable(parts), recipe.heldout_sequences)
+    once = [(row for row in part if row["visit"] == 0) for part in parts]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*once))
+    rows = itertools.islice((row for row in in_turn if row is not None), recipe.heldout_sequences)
     found = [{**row, "input_ids": np.array(row["input_ids"], dtype=np.int32)} for row in rows]
     if arguments.world_size > 1:
         # Equal batches on all processes: otherwise some sequences would be evaluated twice to fill the last ones up.
@@ -194,10 +202,14 @@ def build_trainer(recipe: MLMRecipe, arguments: TrainingArguments, checkpoint: s
     tokenizer.model_max_length = max(tokenizer.model_max_length, 8192)  # of the saved tokenizer
     model = build_model(recipe, tokenizer)
     check_checkpoint(checkpoint, model.config)
+    check_data(checkpoint, recipe)
     if recipe.initial_bert is not None and checkpoint is None:
         rows = itertools.islice(sequences(recipe, recipe.sources, tokenizer), _FITTED_SEQUENCES)
         start_from(model, load_bert(recipe.initial_bert), [list(row["input_ids"]) for row in rows])
-    collator = WholeWordMaskingCollator(tokenizer, recipe.mlm_probability, arguments.seed)
+    try:
+        collator = WholeWordMaskingCollator(tokenizer, recipe.mlm_probability, arguments.seed)
+    except ValueError as error:
+        raise RecipeError(f"tokenizer={recipe.tokenizer}: {error}") from error
     batches, total = training_batches(recipe, collator, arguments, checkpoint)
     trainer = MLMTrainer(
         monitor=Monitor(model.config, recipe=recipe, reader=batches.reader, progress=batches.progress, total=total),

@@ -130,6 +130,8 @@ class Monitor(TrainerCallback):
         self._loss = self._loss + loss.detach()
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # TRAP: a resumed state brings the logging_steps, eval_steps and save_steps of its checkpoint.
+        state.compute_steps(args, state.max_steps)
         self._mark = time.monotonic()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):

@@ -271,8 +271,22 @@ _PROGRESS = "data-process{}.json"
 def save_progress(checkpoint: Path, reader: Reader, progress: Progress, total: Tally):
     """Writes into a checkpoint how far this process's consumers have come, and what it has trained on."""
     own = {consumer: [progress.batches[consumer], progress.places[consumer]] for consumer in reader.own}
-    content = {"consumers": reader.consumers, "total": asdict(total), "own": own}
+    content = {"consumers": reader.consumers, "processes": reader.ranks, "total": asdict(total), "own": own}
     (checkpoint / _PROGRESS.format(reader.rank)).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _written_together(checkpoint: Path) -> Iterator[dict[str, Any]]:
+    """The progress of every process; files of more processes, of an earlier checkpoint of this step, are left out."""
+    names = [_PROGRESS.format(0)]
+    for name in names:
+        try:
+            content = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError) as error:
+            raise RecipeError(f"{checkpoint}: {name} is missing or damaged.") from error
+        if len(names) == 1:
+            found = len(list(checkpoint.glob(_PROGRESS.format("*"))))
+            names += [_PROGRESS.format(rank) for rank in range(1, content.get("processes", found))]
+        yield content
 
 
 def load_progress(checkpoint: Path, reader: Reader) -> tuple[Progress, Tally] | None:
@@ -287,18 +301,21 @@ def load_progress(checkpoint: Path, reader: Reader) -> tuple[Progress, Tally] | 
         counts for all). None for a checkpoint that does not say.
 
     Raises:
-        RecipeError: The checkpoint has another number of consumers, and so another order of the data.
+        RecipeError: The checkpoint has another number of consumers, and so another order of the data; or it does not
+            say the place of each of them.
     """
-    contents = [json.loads(file.read_text(encoding="utf-8")) for file in checkpoint.glob(_PROGRESS.format("*"))]
-    if not contents:
+    if not list(checkpoint.glob(_PROGRESS.format("*"))):
         return None
+    contents = list(_written_together(checkpoint))
     consumers = contents[0]["consumers"]
     if consumers != reader.consumers:
         raise RecipeError(
-            f"{checkpoint}: its data were read by {consumers} readers (processes x dataloader_num_workers), this run "
-            f"has {reader.consumers}: the order would be another. Set training.dataloader_num_workers so that the "
-            "product is the same."
+            f"{checkpoint}: its data were read by {consumers} readers (in stage I processes x dataloader_num_workers, "
+            f"in stages II and III processes), this run has {reader.consumers}: the order would be another. Resume "
+            "with as many."
         )
+    if sorted(int(consumer) for content in contents for consumer in content["own"]) != list(range(consumers)):
+        raise RecipeError(f"{checkpoint}: data-process*.json do not say where each of {consumers} readers was.")
     progress, total = Progress.after(0, reader), Tally()
     for content in contents:
         if reader.rank == 0:

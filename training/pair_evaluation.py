@@ -10,6 +10,7 @@ from collections import defaultdict
 from datasets import Dataset, DatasetDict
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SequentialEvaluator
 
+from .mining_texts import normalised
 from .recipe import ContrastiveRecipe
 
 _DEPTH = 10
@@ -61,15 +62,19 @@ def retrieval_set(
     """Queries, documents, and the documents of each query.
 
     Args:
-        heldout: Rows whose anchors are the queries; all rows of an anchor are its documents.
+        heldout: Rows whose anchors are the queries; all rows of an anchor, in whatever case and whitespace, are its
+            documents.
         training: Rows whose positives fill the corpus up.
         queries: At most so many anchors, the first of the source.
         corpus: At most so many documents, those of the queries first.
     """
     positives: dict[str, list[str]] = defaultdict(list)
+    spelled: dict[str, str] = {}
     for anchor, positive in zip(heldout["anchor"], heldout["positive"], strict=True):
-        if anchor in positives or len(positives) < queries:
-            positives[anchor].append(positive)
+        key = normalised(anchor)
+        if key in positives or len(positives) < queries:
+            positives[key].append(positive)
+            spelled.setdefault(key, anchor)
     documents: dict[str, str] = {}  # text -> id; a text that two queries have is one document
     for texts in positives.values():
         for text in texts:
@@ -83,7 +88,7 @@ def retrieval_set(
                     documents.setdefault(text, f"d{len(documents)}")
     relevant = {f"q{i}": {documents[text] for text in texts} for i, texts in enumerate(positives.values())}
     return (
-        {f"q{i}": anchor for i, anchor in enumerate(positives)},
+        {f"q{i}": spelled[key] for i, key in enumerate(positives)},
         {identifier: text for text, identifier in documents.items()},
         relevant,
     )

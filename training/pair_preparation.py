@@ -84,7 +84,8 @@ def _consistency_stages(recipe: PairRecipe, root: Path) -> list[Stage]:
     judging: list[PipelineStep] = [stored, Tally("clean")]
     if consistency.pairs_per_source:
         judging += [SampleFilter(chosen, recipe.seed, _removed(recipe, root, "sample")), Tally("sample")]
-    judging += [ConsistencyFilter(pool, consistency, _removed(recipe, root, "consistency")), Tally("consistency")]
+    removed = _removed(recipe, root, "consistency")
+    judging += [ConsistencyFilter(pool, consistency, recipe.seed, removed), Tally("consistency")]
     return [
         Stage("choose", [Choose(hashes, chosen, consistency.pool, consistency.pairs_per_source)], 1),
         Stage("pool", [stored, EmbedPool(chosen, pool, consistency, recipe.seed)], tasks),

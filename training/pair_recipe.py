@@ -6,6 +6,7 @@ is new or was begun with the same recipe; otherwise a `RecipeError` names what i
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
@@ -106,7 +107,7 @@ def check(recipe: PairRecipe):
         if find_spec(module) is None:
             raise RecipeError(f'{module} is not installed: pip install -e ".[pairs]".')
     _check_numbers(recipe)
-    _check_names(recipe)
+    check_names(recipe.sources)
     if recipe.language:
         _check_languages(recipe.language)
     check_output(recipe, what="pair preparation")
@@ -133,9 +134,9 @@ def _check_numbers(recipe: PairRecipe):
         raise RecipeError(f"seed={recipe.seed} must not be negative.")
 
 
-def _check_names(recipe: PairRecipe):
-    """Sources are folders of the output: their names must be fit for that, and unique."""
-    names = [str(source.name) for source in recipe.sources]
+def check_names(sources: Sequence[Source]):
+    """Raises `RecipeError` unless the names can be those of files or folders of the output, and are different."""
+    names = [str(source.name) for source in sources]
     for name in names:
         if not re.fullmatch(r"\w[\w.-]*", name) or name == "all":
             raise RecipeError(f"sources: {name!r} cannot name a folder; use letters, digits, '_', '-' and '.'.")

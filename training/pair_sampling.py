@@ -28,6 +28,7 @@ from .recipe import RecipeError
 LABEL = "label"
 """Column that is no text."""
 _KEPT = 4  # batches' worth of rows that a source keeps for later
+_PASSES = 20  # that are tried for a batch: in another order the rows that clash may fit
 
 
 @dataclass
@@ -71,7 +72,8 @@ class SourceBatches:
         place: Where to go on; None begins.
 
     Raises:
-        RecipeError: A source too small, or with too many anchors and positives in common, for a batch.
+        RecipeError: A source too small, or with too many anchors and positives in common, for a batch; a place in
+            sources of other sizes.
     """
 
     def __init__(
@@ -93,6 +95,12 @@ class SourceBatches:
         self.per_epoch = max(1, round(shares.sum() / size))
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         place = place or {"batches": 0, "cursors": {}}
+        self._sizes = {name: len(dataset) for name, dataset in datasets.items()}
+        if place.get("rows", self._sizes) != self._sizes or list(place.get("rows", self.names)) != self.names:
+            raise RecipeError(
+                f"the sources had {place['rows']} rows, now {self._sizes}: their places are no longer what they were. "
+                "Resume with the data that the run began with, or begin a new run."
+            )
         self.batches: int = place["batches"]
         self._cursors = [Cursor(**place["cursors"].get(name, {})) for name in self.names]
         for source in range(len(self.names)):
@@ -111,12 +119,13 @@ class SourceBatches:
         self.batches += 1
         cursors = zip(self.names, self._cursors, strict=True)
         begun = {name: asdict(cursor) for name, cursor in cursors if cursor != Cursor()}
-        return Drawn(self.names[source], rows, {"batches": self.batches, "cursors": begun})
+        return Drawn(self.names[source], rows, {"batches": self.batches, "cursors": begun, "rows": self._sizes})
 
     def _fill(self, source: int, cursor: Cursor) -> tuple[list[int], Cursor]:
-        """One batch of a source, of this pass or, if it has no more, of the next."""
-        batch = _Batch(self.size)
-        for visit in (cursor.visit, cursor.visit + 1):
+        """One batch of a source, of this pass or, if it has no more, of the next that has one."""
+        passes = _PASSES if len(self._texts[source]) >= self.size else 1
+        most = 0
+        for visit in range(cursor.visit, cursor.visit + 1 + passes):
             order = self._order(source, visit)
             batch = _Batch(self.size)
             start, kept = (cursor.next, cursor.kept) if visit == cursor.visit else (0, [])
@@ -127,9 +136,10 @@ class SourceBatches:
                 start += len(rows)
             if not batch.missing:
                 return batch.rows, Cursor(visit, start, batch.kept[: _KEPT * self.size])
+            most = max(most, len(batch.rows))
         raise RecipeError(
             f"source {self.names[source]}: a batch needs {self.size} rows with anchors and positives of their own, "
-            f"and its {len(self._texts[source])} rows gave {len(batch.rows)}; lower "
+            f"and its {len(self._texts[source])} rows gave {most}; lower "
             "training.per_device_train_batch_size, or leave the source out."
         )
 

@@ -65,6 +65,8 @@ def load_sources(recipe: ContrastiveRecipe) -> DatasetDict:
 def split_heldout(datasets: DatasetDict, recipe: ContrastiveRecipe) -> tuple[DatasetDict, DatasetDict]:
     """The rows to train on, and those that `heldout_share` of their source keeps from training.
 
+    Anchors that differ in case or whitespace alone are on the same side.
+
     Returns:
         All sources, and the sources with a share.
 
@@ -77,7 +79,8 @@ def split_heldout(datasets: DatasetDict, recipe: ContrastiveRecipe) -> tuple[Dat
         if source.heldout_share == 0:
             training[source.name] = dataset
             continue
-        held = np.array([is_heldout(anchor.encode(), source.heldout_share) for anchor in dataset["anchor"]])
+        anchors = map(normalised, dataset["anchor"])
+        held = np.array([is_heldout(anchor.encode(), source.heldout_share) for anchor in anchors])
         if held.all() or not held.any():
             raise RecipeError(
                 f"source {source.name}: heldout_share={source.heldout_share} takes {held.sum()} of its {len(held)} "

@@ -25,7 +25,8 @@ def pair_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTrainingArgu
     Raises:
         RecipeError: A field or value that cannot be trained with.
     """
-    if recipe.training.get("eval_strategy", "no") != "no" and not any(s.heldout_share for s in recipe.sources):
+    evaluates = recipe.training.get("eval_strategy", "no") not in ("no", False)
+    if evaluates and not any(source.heldout_share for source in recipe.sources):
         raise RecipeError("training.eval_strategy: nothing is held out; give a source a heldout_share.")
     decided = {
         "batch_sampler": "no_duplicates",  # ours, of that kind: pair_sampling.py

@@ -279,8 +279,10 @@ def training_arguments(cls: type, recipe: Any, **fixed: Any) -> Any:
             raise RecipeError(f"training.{key} is not a field of {cls.__name__}.")
         if key in fixed:
             raise RecipeError(f"training.{key} is decided by this stage ({fixed[key]!r}); remove it.")
+    # YAML reads a bare `no` as False, which transformers does not take.
+    strategies = {key: "no" for key, value in recipe.training.items() if key.endswith("_strategy") and value is False}
     try:
-        return cls(output_dir=recipe.output_dir, **recipe.training, **fixed)
+        return cls(output_dir=recipe.output_dir, **{**recipe.training, **strategies}, **fixed)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"training: {error}") from error
 

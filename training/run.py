@@ -4,6 +4,7 @@ Law: a checkpoint that is resumed from is whole. The file that says so is writte
 written theirs, and lists every other file with its size.
 """
 
+import itertools
 import json
 import logging
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from omegaconf import OmegaConf
 from transformers import PreTrainedConfig, TrainerCallback
 
 from .recipe import RecipeError, save_recipe
@@ -39,6 +41,7 @@ class RunRecorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
+            leave_behind(args.output_dir, state.global_step)
             save_recipe(self.recipe, args.output_dir)
         self.started = time.monotonic()
 
@@ -94,6 +97,20 @@ def checkpoints(output_dir: str) -> list[Path]:
     return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
+def leave_behind(output_dir: str, step: int):
+    """Renames the whole checkpoints after a step, which a run goes on from: the next `--resume` is to go on with that.
+
+    `checkpoint-1000` becomes `left-checkpoint-1000`, or `left-2-checkpoint-1000` where that is taken.
+    """
+    for checkpoint in checkpoints(output_dir):
+        if int(checkpoint.name.split("-")[1]) > step and is_whole(checkpoint):
+            names = (f"left-{number}-{checkpoint.name}" for number in itertools.count(2))
+            names = itertools.chain([f"left-{checkpoint.name}"], names)
+            left = next(path for name in names if not (path := checkpoint.with_name(name)).exists())
+            checkpoint.rename(left)
+            logger.warning("%s is not of the run that goes on from step %d: now %s", checkpoint, step, left.name)
+
+
 def resume_checkpoint(output_dir: str, resume: bool | str | None) -> str | None:
     """The checkpoint to resume from.
 
@@ -101,8 +118,12 @@ def resume_checkpoint(output_dir: str, resume: bool | str | None) -> str | None:
         output_dir: Folder of the run.
         resume: None starts anew, True takes the last whole checkpoint of `output_dir`, a string names one.
 
+    Returns:
+        Its folder; None begins anew, as a run does that was killed before its first checkpoint was whole.
+
     Raises:
-        RecipeError: There is none; or a new run would write into the checkpoints of an old one.
+        RecipeError: There is none, or the one that is named is not whole; or a new run would write into the
+            checkpoints of an old one.
     """
     found = checkpoints(output_dir)
     if resume is None:
@@ -112,14 +133,18 @@ def resume_checkpoint(output_dir: str, resume: bool | str | None) -> str | None:
     if resume is not True:
         if not (Path(resume) / "trainer_state.json").is_file():
             raise RecipeError(f"--resume: {resume} is not a checkpoint (no trainer_state.json).")
+        if not is_whole(Path(resume)):
+            raise RecipeError(f"--resume: {resume} is not whole: cut off, or files were deleted.")
         return str(resume)
     for checkpoint in found:
         if is_whole(checkpoint):
             logger.info("resuming from %s", checkpoint)
             return str(checkpoint)
         logger.warning("%s is not whole (the run was killed while writing it): looking before it", checkpoint)
-    incomplete = f" ({len(found)} are not whole)" if found else ""
-    raise RecipeError(f"--resume: there is no checkpoint in {output_dir}{incomplete}.")
+    if not found:
+        raise RecipeError(f"--resume: there is no checkpoint in {output_dir}.")
+    logger.warning("no checkpoint of %s is whole: beginning with the first step", output_dir)
+    return None
 
 
 _SHAPE = (
@@ -140,6 +165,40 @@ def check_checkpoint(checkpoint: str | None, config: PreTrainedConfig):
                 f"{checkpoint} is a checkpoint of another model: its {name} is {saved.get(name)!r}, "
                 f"the recipe's is {wanted!r}."
             )
+
+
+_READ = ("max_length", "long_documents", "shuffle_buffer", "max_rows")
+_READ_OF_SOURCE = ("text", "tokens", "heldout_share", "anchor", "positive", "hub", "hub_config", "split")
+
+
+def check_data(checkpoint: str | None, recipe: Any):
+    """Raises `RecipeError` if a checkpoint's place in the data is one in other data than the recipe's.
+
+    Paths may change, since data may be moved, and weights, by which only what comes is drawn. None passes, and so does
+    a checkpoint without its recipe.
+    """
+    if checkpoint is None or not (Path(checkpoint) / "recipe.yaml").is_file():
+        return
+    old = OmegaConf.to_container(OmegaConf.load(Path(checkpoint) / "recipe.yaml"))
+    new = OmegaConf.to_container(OmegaConf.structured(recipe))
+    before, now = _places(old), _places(new)
+    for key, value in before.items():
+        if key in now and now[key] != value:
+            raise RecipeError(
+                f"{checkpoint}: its place in the data is one with {key}={value!r}, the recipe has {now[key]!r}: texts "
+                "would be left out or read twice. Resume as it began, or begin a new run."
+            )
+
+
+def _places(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What the places in a checkpoint count on."""
+    long_documents = recipe.get("long_documents")
+    found = {key: recipe[key] for key in _READ if key in recipe and (key != "max_length" or long_documents)}
+    found["training.seed"] = recipe["training"].get("seed", 42)
+    found["sources"] = [source["name"] for source in recipe["sources"]]
+    for source in recipe["sources"]:
+        found |= {f"sources.{source['name']}.{key}": source[key] for key in _READ_OF_SOURCE if key in source}
+    return found
 
 
 def exit_on_recipe_error(main):

@@ -27,6 +27,9 @@ def code_files() -> list[Path]:
     return sorted(path for path in CODE_FOLDER.glob("*.py") if path.name not in _PACKAGE_ONLY)
 
 
+SETTINGS = "config_sentence_transformers.json"
+
+
 def write_json(path: Path, content: object):
     """Writes indented JSON; folders on the way are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,7 @@ def sentence_transformers_files(hidden_size: int, max_length: int, *, normalize:
         "modules.json": modules,
         "1_Pooling/config.json": pooling,
         "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {"similarity_fn_name": "cosine", "prompts": {}},
+        SETTINGS: {"similarity_fn_name": "cosine", "prompts": {}},
     }
 
 

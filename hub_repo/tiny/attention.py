@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .alibi import alibi_bias, alibi_hankel
 from .cpu_attention import alibi_attention, short_attention
-from .packing import Sequences
+from .packing import Sequences, is_traced
 from .sparsity import window_bound
 
 DENSE_LENGTH = 512
@@ -100,7 +100,7 @@ def sdpa_attention(
     Same arguments and context as `eager_attention`. COST: with dropout > 0 torch has no fused kernel on the CPU;
     blocks of queries are then computed one by one, and again in the backward pass. Every released model has 0.
     """
-    if torch.compiler.is_exporting():
+    if is_traced():
         additive = _dense_bias(sequences)
         query, key, value = (_heads_first(x, sequences) for x in (query, key, value))
         return _tokens_first(_sdpa(query, key, value, additive, scaling=scaling, dropout=dropout), sequences), None

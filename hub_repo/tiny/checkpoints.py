@@ -31,6 +31,8 @@ _WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "encoder.alibi")
+"""Tensors of published files that are no parameters."""
 _HEADS = ("pooler", "cls", "classifier", "qa_outputs")
 """Modules that a checkpoint may lack as a whole: fine-tuning starts from fresh ones."""
 
@@ -248,8 +250,10 @@ class PublishedCheckpointMixin(_PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        _refuse_gaps(pretrained_model_name_or_path, names, info)
+        is_quantized = getattr(model.config, "quantization_config", None) is not None  # with tensors of its own
+        _refuse_gaps(pretrained_model_name_or_path, names, info, any_layer=is_quantized)
         _refuse_not_finite(pretrained_model_name_or_path, model)
+        model._loaded_with({name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
         model.config._commit_hash = _commit(pretrained_model_name_or_path, hub_arguments)
         return (model, info) if wants_info else model
 
@@ -294,6 +298,9 @@ class PublishedCheckpointMixin(_PreTrainedModel):
             raise ValueError(f"{source}: config.json is of no JinaBERT: {' '.join(str(error).split())}") from error
         return config, {**hub_arguments, **unused}
 
+    def _loaded_with(self, hub_arguments: dict[str, Any]):
+        """Is told where the files came from, for those that are read later."""
+
     @classmethod
     def _has_pooler(cls, names: set[str]) -> bool:
         """Whether the model gets a pooler; only the bare encoder can do without one."""
@@ -333,8 +340,15 @@ def _refuse_other_layers(path, names: set[str], config: PreTrainedConfig):
         )
 
 
-def _refuse_gaps(path, names: set[str], info: dict):
-    """Raises ValueError for tensors that the checkpoint should have had and has not."""
+def _refuse_gaps(path, names: set[str], info: dict, *, any_layer: bool):
+    """Raises ValueError for tensors that the checkpoint should have had and has not, and for layers that are not ours.
+
+    Args:
+        path: Of the checkpoint.
+        names: Its tensors.
+        info: What transformers says of them.
+        any_layer: Whether the layers may have tensors that the model has no place for.
+    """
     present = {part for name in names for part in name.split(".")}
     missing = sorted(
         name
@@ -343,6 +357,13 @@ def _refuse_gaps(path, names: set[str], info: dict):
     )
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors of the model: {', '.join(missing)}.")
+    layers = re.compile(r"(^|\.)(encoder|embeddings)\.")
+    unknown = sorted(x for x in info["unexpected_keys"] if layers.search(x) and not x.endswith(_BUFFERS))
+    if unknown and not any_layer:
+        raise ValueError(
+            f"{path} has {len(unknown)} tensors in its layers that are of neither JinaBERT layout: "
+            f"{', '.join(unknown[:6])}{', ...' if len(unknown) > 6 else ''}."
+        )
     if info["unexpected_keys"]:
         logger.info("Left out, not part of this class: %s", ", ".join(sorted(info["unexpected_keys"])))
 
@@ -350,6 +371,8 @@ def _refuse_gaps(path, names: set[str], info: dict):
 def _refuse_not_finite(path, model: torch.nn.Module):
     """Raises ValueError for a parameter with a value that is not finite, as stored or in the dtype it was cast to."""
     for name, parameter in model.named_parameters():
+        if type(parameter) is not torch.nn.Parameter or not parameter.dtype.itemsize > 1:
+            continue  # quantised: integers, or a tensor class without a sum
         # The sum is 17 times as fast; it is finite only if every value is, and may overflow.
         if not parameter.is_meta and not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
             raise ValueError(f"{path}: {name} has values that are not finite in {parameter.dtype}.")

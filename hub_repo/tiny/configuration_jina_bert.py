@@ -125,6 +125,8 @@ class JinaBertConfig(PreTrainedConfig):
         if model_type == "bert" and config_dict.get("position_embedding_type") == "alibi":
             logger.info("%s is of the published form; read as model_type jina_bert", pretrained_model_name_or_path)
             config_dict = {**config_dict, "model_type": cls.model_type}
+            # A field of that code, "torch" or None; transformers reads one of its own of this name.
+            config_dict.pop("attn_implementation", None)
         elif model_type != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {model_type!r} model with position_embedding_type="

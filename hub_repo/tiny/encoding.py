@@ -130,8 +130,13 @@ def check_text(name: str, text: object):
         ) from None
 
 
-def _load_tokenizer(name_or_path: str, config: PreTrainedConfig):
+def _load_tokenizer(name_or_path: str, config: PreTrainedConfig, hub_arguments: dict[str, Any]):
     """The tokenizer of a folder or, at the commit of the weights, of a repository.
+
+    Args:
+        name_or_path: Where the weights came from.
+        config: Of the model.
+        hub_arguments: What `from_pretrained` was given beside it: subfolder, token, cache_dir, ...
 
     Raises:
         ValueError: It cannot be read, or it has no vocabulary (transformers makes one of special tokens where the
@@ -139,8 +144,9 @@ def _load_tokenizer(name_or_path: str, config: PreTrainedConfig):
     """
     try:
         # With the configuration at hand nothing asks for the trust that loading this model has already taken.
-        revision = getattr(config, "_commit_hash", None)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, config=config, revision=revision)
+        if (commit := getattr(config, "_commit_hash", None)) is not None:
+            hub_arguments = {**hub_arguments, "revision": commit}
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, config=config, **hub_arguments)
         vocabulary = tokenizer.get_vocab()
     except Exception as error:  # tokenizers raises bare Exception
         message = " ".join(str(error).split())
@@ -163,6 +169,14 @@ class EncodeMixin(_PreTrainedModel):
     """Adds `encode` and the lazily loaded `tokenizer` to the encoder."""
 
     _tokenizer = None
+    _hub_arguments: dict[str, Any] = {}  # noqa: RUF012 (replaced, never changed)
+
+    def _loaded_with(self, hub_arguments: dict[str, Any]):
+        arguments = {name: value for name, value in hub_arguments.items() if name != "force_download"}
+        token = arguments.pop("token", None)
+        self._hub_arguments = arguments
+        if token is not None:
+            _tokens[self] = token
 
     @property
     def tokenizer(self):
@@ -172,7 +186,8 @@ class EncodeMixin(_PreTrainedModel):
             ValueError: There is none, it cannot be read, or it does not fit the model.
         """
         if self._tokenizer is None and self.name_or_path:
-            self._tokenizer = _load_tokenizer(self.name_or_path, self.config)
+            token = {"token": _tokens[self]} if self in _tokens else {}
+            self._tokenizer = _load_tokenizer(self.name_or_path, self.config, {**self._hub_arguments, **token})
         return self._tokenizer
 
     @tokenizer.setter
@@ -208,9 +223,10 @@ class EncodeMixin(_PreTrainedModel):
             normalize_embeddings: Scale each embedding to length 1, after `truncate_dim`.
             truncate_dim: Keep the first dimensions only.
             max_tokens_per_batch: Tokens of a batch at most; a longer text is a batch of its own.
-            **tokenizer_kwargs: For the tokenizer. `max_length` is the tokenizer's `model_max_length` (8192 in the
-                released models) by default; texts beyond are truncated with one warning (or counted, see
-                `count_truncations`), or embedded whole under `truncation=False`.
+            **tokenizer_kwargs: For the tokenizer, such as `add_special_tokens`. `max_length` is by default the smaller
+                of the tokenizer's `model_max_length` and the configuration's (8192 in the released models); texts
+                beyond are truncated with one warning (or counted, see `count_truncations`), or embedded whole under
+                `truncation=False`.
 
         Returns:
             `(texts, hidden) float32`, `(hidden,)` for a single text. For "token_embeddings" a list of `(length,
@@ -218,13 +234,15 @@ class EncodeMixin(_PreTrainedModel):
 
         Raises:
             ValueError: An input that is no text, or has a lone surrogate; no tokenizer that fits; an unknown
-                output_value; a truncate_dim out of range.
+                output_value; a truncate_dim or max_length out of range.
+            TypeError: An argument that neither this method nor the tokenizer has.
         """
         single = isinstance(sentences, str)
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
         self._check_encode_arguments(sentences, output_value, truncate_dim)
         if device is not None:
-            self.to(device)
+            with torch.inference_mode(False):  # parameters that are moved under it could not be trained again
+                self.to(device)
         results = self._encode_texts(
             sentences, output_value, batch_size=batch_size, max_tokens=max_tokens_per_batch,
             show_progress_bar=show_progress_bar, tokenizer_kwargs=tokenizer_kwargs,
@@ -254,27 +272,34 @@ class EncodeMixin(_PreTrainedModel):
         return tokenizer
 
     def _max_length(self, max_length: int | None) -> int:
-        # Tokenizers without a stated limit carry a huge placeholder.
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length} is less than one token.")
+        # Tokenizers without a stated limit carry a huge placeholder, the published ones 2**31 - 1.
         return max_length or min(self._needed_tokenizer().model_max_length, max(self.config.model_max_length, 1))
 
     def _tokenize_function(
         self,
         *,
-        truncation: bool = True,
+        truncation: bool | str = True,
         max_length: int | None = None,
         padding: bool = True,  # accepted for the official signature; nothing is padded
         **tokenizer_kwargs,
     ) -> Callable[[list[str]], "_Window"]:
+        if unknown := sorted(set(tokenizer_kwargs) - set(_TOKENIZER_ARGUMENTS)):
+            raise TypeError(f"encode() got {', '.join(unknown)}, which neither it nor the tokenizer takes.")
         tokenizer, max_length = self._needed_tokenizer(), self._max_length(max_length)
+        truncation = bool(truncation) and truncation != "do_not_truncate"
         options = {"return_attention_mask": False, "verbose": False, **tokenizer_kwargs}
 
         def tokenize(sentences: list[str]) -> _Window:
-            columns = dict(tokenizer(sentences, truncation=False, **options))
+            columns = dict(call_tokenizer(tokenizer, sentences, truncation=False, **options))
             lengths = [len(ids) for ids in columns["input_ids"]]
             long = [i for i, length in enumerate(lengths) if length > max_length] if truncation else []
             cut_tokens = 0
             for index in long:
-                shortened = tokenizer(sentences[index], truncation=True, max_length=max_length, **options)
+                shortened = call_tokenizer(
+                    tokenizer, sentences[index], truncation=True, max_length=max_length, **options
+                )
                 cut_tokens += lengths[index] - len(shortened["input_ids"])
                 lengths[index] = len(shortened["input_ids"])
                 for name in columns:
@@ -336,11 +361,12 @@ class EncodeMixin(_PreTrainedModel):
         if not min(lengths):  # no token at all, as of an empty text without special tokens
             return [self._encode_batch(window, [i], output_value)[0] if n else self._nothing(output_value)
                     for i, n in zip(batch, lengths, strict=True)]  # fmt: skip
+        device = self._input_device
         sequences = Sequences.of_lengths(
-            self.slopes, lengths, dtype=self.dtype, device=self.device, sparse=self.config.sparse_attention
+            self.slopes, lengths, dtype=self.dtype, device=device, sparse=self.config.sparse_attention
         )
         inputs = {
-            name: torch.tensor([token for index in batch for token in window.columns[name][index]], device=self.device)
+            name: torch.tensor([token for index in batch for token in window.columns[name][index]], device=device)
             for name in ("input_ids", "token_type_ids")
             if name in window.columns
         }
@@ -355,7 +381,17 @@ class EncodeMixin(_PreTrainedModel):
 
     def _nothing(self, output_value: str) -> torch.Tensor:
         shape = (0, self.config.hidden_size) if output_value == "token_embeddings" else (self.config.hidden_size,)
-        return torch.zeros(shape, device=self.device)
+        return torch.zeros(shape, device=self._input_device)
+
+    @property
+    def _input_device(self) -> torch.device:
+        """Where the embeddings are computed, also when accelerate brings them there from memory or disk."""
+        if self.device.type != "meta":
+            return self.device
+        modules = (self.embeddings, self.embeddings.word_embeddings)
+        hooks = (getattr(module, "_hf_hook", None) for module in modules)
+        found = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
+        return torch.device(found[0]) if found else self.device
 
 
 @dataclass
@@ -366,6 +402,25 @@ class _Window:
     lengths: list[int]
     cut_texts: int
     cut_tokens: int
+
+
+_TOKENIZER_ARGUMENTS = (
+    "add_special_tokens", "pad_to_multiple_of", "padding_side", "return_attention_mask", "return_special_tokens_mask",
+    "return_token_type_ids", "split_special_tokens", "stride", "verbose",
+)  # fmt: skip
+"""Arguments of a tokenizer's call that leave its output what `encode` reads."""
+_tokens: WeakKeyDictionary[torch.nn.Module, str | bool] = WeakKeyDictionary()
+"""Access tokens that models were loaded with; never part of a model, which may be pickled."""
+_tokenizing = threading.Lock()
+
+
+def call_tokenizer(tokenizer, texts: str | list[str], **options: Any):
+    """A tokenizer's call, one at a time.
+
+    TRAP: a fast tokenizer keeps the truncation of a call as its own state; one thread would have the other's.
+    """
+    with _tokenizing:
+        return tokenizer(texts, **options)
 
 
 _guard = threading.Lock()
