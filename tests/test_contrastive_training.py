@@ -193,6 +193,36 @@ def test_from_a_csv_and_a_published_folder_to_a_model(table, tmp_path, monkeypat
     assert after == pytest.approx(np.mean([ndcg(r, texts, a) for r, a in zip(ranks, answers, strict=True)]), abs=0.01)
 
 
+def test_the_metrics_are_those_of_the_model_that_is_saved(table, tmp_path, monkeypatch):
+    best = ["training.load_best_model_at_end=true", "training.metric_for_best_model=eval_sequential_score"]
+    best += ["training.save_strategy=epoch", "training.learning_rate=0.05", "training.num_train_epochs=3"]
+    monkeypatch.setattr(sys, "argv", finetune_command(table, tmp_path / "run", *best))
+    finetune.main()
+    found = json.loads((tmp_path / "run" / "heldout.json").read_text())["after"]
+    epochs = [entry for entry in log(tmp_path / "run") if entry["step"] and "eval_sequential_score" in entry]
+    chosen = max(epochs[:3], key=lambda entry: entry["eval_sequential_score"])
+    assert found["data_cosine_ndcg@10"] == pytest.approx(chosen["eval_data_cosine_ndcg@10"], abs=1e-6)
+
+
+def test_nothing_held_out_is_not_evaluated(table, tmp_path, monkeypatch, capsys):
+    short = ["heldout_share=0", "training.max_steps=1", "training.save_strategy=no"]
+    monkeypatch.setattr(sys, "argv", finetune_command(table, tmp_path / "run", *short))
+    finetune.main()
+    assert "held out" not in capsys.readouterr().out
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    assert not (tmp_path / "run" / "heldout.json").exists()
+
+
+def test_the_table_has_a_line_for_each_source():
+    moments = {"before": {"a_cosine_ndcg@10": 0.9, "b_x_cosine_ndcg@10": 0.3}, "after": {"a_cosine_ndcg@10": 0.5}}
+    lines = [line.split() for line in finetune.summary(moments).splitlines()]
+    assert lines == [
+        ["held", "out", "before", "after"],
+        ["a", "ndcg@10", "0.9000", "0.5000"],
+        ["b_x", "ndcg@10", "0.3000", "-"],
+    ]
+
+
 def ndcg(ranks: np.ndarray, texts: list[str], answers: set[str]) -> float:
     gains = sum(1 / np.log2(place + 2) for place, i in enumerate(ranks) if texts[i] in answers)
     return gains / sum(1 / np.log2(place + 2) for place in range(min(len(answers), 10)))

@@ -63,6 +63,17 @@ def test_files_are_written_once_and_what_makes_no_pair_is_said(tmp_path):
         write_pairs(recipe(tmp_path, tmp_path / "fourth", min_words=9, max_words=3))
 
 
+def test_sources_that_would_be_read_otherwise_than_said_are_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    twice = [Source(name="x", path=f"{name}.jsonl") for name in ("a", "b")]
+    with pytest.raises(RecipeError, match="two are named 'x'"):
+        write_pairs(recipe(tmp_path, tmp_path / "out", sources=twice))
+    held = [Source(name="x", path="a.jsonl", heldout_share=0.1)]
+    with pytest.raises(RecipeError, match="heldout_share would hold nothing out"):
+        write_pairs(recipe(tmp_path, tmp_path / "out", sources=held))
+
+
 def document(sentences: int) -> str:
     return " ".join(f"Sentence number {n} has these seven words." for n in range(sentences))
 

@@ -12,7 +12,7 @@ from mining_data import (  # noqa: F401  pytest finds the fixtures by name
     written_sources,
 )
 
-from training.mining_recipe import MiningRecipe, check
+from training.mining_recipe import MiningRecipe, check, input_files
 from training.recipe import RecipeError, load_recipe
 
 
@@ -37,6 +37,10 @@ from training.recipe import RecipeError, load_recipe
         (["sources=[{name: a, path: none.jsonl}]"], "source a: no file matches"),
         (["sources=[{name: a, path: facts.jsonl.zst, anchor: question}]"], "source a: no column 'question'"),
         (["corpus={name: c, path: corpus.jsonl}"], "source c: no column 'text'"),
+        (
+            ["sources=[{name: a, path: facts.jsonl.zst, heldout_share: 0.1}]"],
+            "source a: heldout_share is for training",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -68,6 +72,15 @@ def test_bad_input_ends_the_command_with_one_line_and_status_two(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_the_files_of_a_pattern_are_known_wherever_it_begins(recipe, tmp_path, monkeypatch):
+    """A change in one of them is seen when mining goes on."""
+    (tmp_path / "part-1.jsonl").write_text('{"query": "a", "positive": "b"}\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (f"{tmp_path}/part-*.jsonl", "~/part-*.jsonl"):
+        ours = recipe(f"sources=[{{name: mine, path: '{path}'}}]")
+        assert [file for file in input_files(ours) if file.endswith("part-1.jsonl")] == [f"{tmp_path}/part-1.jsonl"]
 
 
 def test_the_published_recipe_is_valid_and_names_its_sources():

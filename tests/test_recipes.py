@@ -86,6 +86,13 @@ def test_training_arguments_are_checked(tmp_path, training, message):
         training_arguments(TrainingArguments, recipe, remove_unused_columns=False)
 
 
+def test_a_bare_no_of_yaml_is_no_strategy(tmp_path):
+    overrides = [f"output_dir={tmp_path}", "training.eval_strategy=no", "training.save_strategy=no"]
+    recipe = load_recipe(MLMRecipe, RECIPES[0].with_name("tiny-mlm.yaml"), overrides)
+    arguments = training_arguments(TrainingArguments, recipe)
+    assert (arguments.eval_strategy, arguments.save_strategy) == ("no", "no")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

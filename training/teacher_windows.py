@@ -5,6 +5,7 @@ is that of the beginning. The mean of the vectors of all its windows is the long
 
 Laws: every token of a text is in one window, and a word is not cut where it fits into one; a text that the teacher
 reads whole has its own vector.
+COST: the texts of all windows are held in memory, as much as those of the sources that are read.
 """
 
 from dataclasses import dataclass
