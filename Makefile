@@ -7,13 +7,15 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Processes that share the tests, file by file, each with one thread.
 WORKERS ?= 2
-# The CPU build of torch; a range would pull gigabytes of CUDA. An already installed torch is kept.
+# Pinned: where the index has a CPU build of this release it is found, and a range would pull gigabytes of CUDA. PyPI has
+# the CUDA build alone for Linux; TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" takes PyTorch's
+# own index. An already installed torch is kept.
 TORCH ?= torch==2.13.0
 
 .PHONY: demo test test-slow lint benchmark clean
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv failed; on Debian: apt install python3-venv" >&2; exit 1; }
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check $(TORCH)

@@ -14,6 +14,8 @@ COST: a document is embedded once for all chunkings, naive chunks once for each;
 """
 
 import argparse
+import hashlib
+import json
 import logging
 import shlex
 import sys
@@ -104,6 +106,14 @@ def documents_of(dataset: RetrievalSet, titles: dict[str, str]) -> list[Document
             document.text += text
         documents.append(document)
     return documents
+
+
+def _sha256(dataset: RetrievalSet, documents: Sequence[Document]) -> str:
+    """Of a set, and of what its passages were put together to by their titles."""
+    digest = hashlib.sha256(dataset.sha256.encode())
+    for document in documents:
+        digest.update(json.dumps([document.text, document.passages]).encode())
+    return digest.hexdigest()
 
 
 def cut(documents: Sequence[Document], chunking: str, tokenizer) -> Chunks:
@@ -280,7 +290,7 @@ def evaluate(
     provenance = {"versions": versions(), "command": source["command"]}
     results = []
     for name, (dataset, documents) in datasets.items():
-        key = {"model": source["model"], "set": name}
+        key = {"model": source["model"], "set": name, "data_sha256": _sha256(dataset, documents)}
         keys = {x: {**key, "settings": {"chunks": x, **settings, **of_model}} for x in chunkings}
         known = {x: record for x, key in keys.items() for record in records if key.items() <= record.items()}
         missing = {x: cut(documents, x, model.tokenizer) for x in chunkings if x not in known}

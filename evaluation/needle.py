@@ -32,7 +32,7 @@ from .late_chunking import rank
 from .length_plot import matplotlib_figure
 from .metrics import retrieval_samples, scores
 from .reader_runs import Answer, Store, check_readers, reader_parser, run_command
-from .records import Samples, versions
+from .records import Samples, of_last_weights, versions
 from .sets import EvaluationError, RetrievalSet, load_set
 from .significance import differences, intervals
 
@@ -215,7 +215,7 @@ Rows = dict[tuple[str, str], dict[tuple[int, float | None], dict[str, Any]]]
 def rows_of(records: Sequence[dict[str, Any]]) -> Rows:
     """(Model, way) -> (length, depth) -> record; the last where a cell was scored with other needles, too."""
     rows: Rows = {}
-    for record in records:
+    for record in of_last_weights(records):
         settings = record["settings"]
         if settings["kind"] == "whole":
             way = "whole" if settings["tokens"] == settings["length"] else f"first {settings['tokens']}"

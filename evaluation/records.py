@@ -11,7 +11,7 @@ import os
 import platform
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,16 @@ def read_records(path: Path, fields: Collection[str] = FIELDS) -> list[dict[str,
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EvaluationError(f"{path}: exists and holds no results of this program; name another file.") from error
     return records
+
+
+def of_last_weights(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without those of weights that a model of the same name had before, as the last record tells."""
+    last = {record["model"]: _weights(record) for record in records}
+    return [record for record in records if _weights(record) == last[record["model"]]]
+
+
+def _weights(record: dict[str, Any]) -> str | None:
+    return record.get("settings", {}).get("weights_sha256")
 
 
 def write_records(path: Path, records: list[dict[str, Any]]):

@@ -21,7 +21,7 @@ from typing import Any
 from . import glue_report, late_chunking, length_plot, long_report, mteb_run, needle, robustness
 from .compare import Model, adjust, compare, legend, marks_of, read_models
 from .loading import MINILM
-from .records import read_records, read_samples, samples_path
+from .records import of_last_weights, read_records, read_samples, samples_path
 from .set_types import EvaluationError
 from .systems import BM25
 from .tables import markdown_table, table_rows
@@ -81,12 +81,13 @@ def _local(files: list[Path]) -> Rendered:
 
 
 def _local_table(files: list[Path]) -> str:
-    records = own_first([record for file in files for record in read_records(file)])
+    records = own_first([record for file in files for record in of_last_weights(read_records(file))])
     limits = {record["protocol"]["max_texts"] for record in records if "max_texts" in record.get("protocol", {})}
     commands = dict.fromkeys(record["command"] for record in records if "command" in record)
     lines = [f"# Sets cut to {max(limits):,} texts at most" if limits else "# Whole sets", ""]
     header, rows = table_rows(records)
-    models: list[Model] = [model for file in files if samples_path(file).exists() for model in read_models(file)]
+    found_models = (model for file in files if samples_path(file).exists() for model in read_models(file))
+    models: list[Model] = [model for model in found_models if model.records[0] in records]
     models.sort(key=lambda model: header.index(model.title))
     if len(models) > 1:
         found = adjust([row for other in models[1:] for row in compare(models[0], other)])
@@ -210,7 +211,7 @@ SECTIONS = (
         "Depth of the relevant passage",
         "Where in a long document may the relevant passage be?",
         ("long/needle*.json",),
-        "python -m evaluation.needle --model hub_repo/tiny --data DATA --output evaluation/results/long/needle.json",
+        "python -m evaluation.needle --model hub_repo/tiny --data DATA --output evaluation/results/long",
         _needle,
     ),
     Section(

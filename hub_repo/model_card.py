@@ -128,7 +128,7 @@ def records_of(records: Iterable[Record], model: str) -> list[Record]:
         model: Whose records to take.
 
     Raises:
-        ValueError: There is none of this model.
+        ValueError: There is none of this model, or there are some of other weights that it had.
     """
     records = list(records)
     found: dict[str, Record] = {}
@@ -138,6 +138,9 @@ def records_of(records: Iterable[Record], model: str) -> list[Record]:
     if not found:
         names = ", ".join(sorted({record["model"] for record in records}))
         raise ValueError(f"no results of {model!r}; there are some of {names}.")
+    weights = {record.get("settings", {}).get("weights_sha256") for record in records if record["model"] == model}
+    if len(weights) > 1:
+        raise ValueError(f"the results of {model!r} are of {len(weights)} different weights; leave the old ones out.")
     return list(found.values())
 
 

@@ -4,6 +4,7 @@ scores and interval are those computed by hand, and what is scored is not scored
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -157,6 +158,15 @@ def test_the_command_goes_on_from_its_output(data, model, tmp_path, capsys, monk
     for record in records:
         assert f"    {record['command']}\n" in table.read_text()
     assert table.read_text() in capsys.readouterr().out
+
+    other = shutil.copytree(data, tmp_path / "other")
+    corpus = next((other / "eval" / "ir" / "Toy").glob("corpus.jsonl*"))
+    rows = [json.loads(line) for line in zstandard.decompress(corpus.read_bytes()).splitlines()]
+    rows[0]["text"] += " And more."
+    corpus.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    arguments[arguments.index("--data") + 1] = str(other)
+    main([*arguments, "--chunks", "whole"])
+    assert asked == [["4"], ["whole"]], "of other data the score is another"
 
 
 @pytest.mark.parametrize(

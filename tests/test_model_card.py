@@ -81,6 +81,13 @@ def test_the_table_sets_side_by_side_what_is_of_the_same_data():
     assert index == [("STSB", 0.5), ("SICK", 0.25), ("pairs (cut)", 0.3)]
 
 
+def test_scores_of_other_weights_are_not_mixed_in():
+    """A file of results keeps those of the weights that a folder had before."""
+    old, new = (record("ours", name, 0.5) | {"settings": {"weights_sha256": name}} for name in ("STSB", "SICK"))
+    with pytest.raises(ValueError, match="of 2 different weights"):
+        evaluation_results([old, new], "ours")
+
+
 def test_the_table_stands_between_its_lines(tmp_path, capsys):
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"records": [record("ours", "STSB", 0.5)]}))

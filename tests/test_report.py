@@ -10,6 +10,7 @@ from test_evaluation_local import hand_made
 from toy_evaluation import written_sets  # noqa: F401  pytest finds the fixture by name
 
 from evaluation.local import evaluate
+from evaluation.records import of_last_weights
 from evaluation.report import SECTIONS, found_files, main
 from evaluation.scoring import Protocol
 from evaluation.sets import load_set
@@ -139,6 +140,15 @@ def test_a_damaged_file_is_named(results, tmp_path, capsys, name, content):
     assert error.value.code == 2
     assert name in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_records_of_the_weights_before_are_left_out():
+    def record(model: str, weights: str | None, number: int) -> dict:
+        return {"model": model, "settings": {"weights_sha256": weights} if weights else {}, "number": number}
+
+    records = [record("a", "old", 1), record("b", "x", 2), record("a", "new", 3), record("bm25", None, 4)]
+    records += [record("a", "new", 5)]
+    assert [record["number"] for record in of_last_weights(records)] == [2, 3, 4, 5]
 
 
 def test_no_folder(tmp_path, capsys):
