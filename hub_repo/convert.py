@@ -261,7 +261,8 @@ def _write_other_files(folder: Path, stage: Path, config: JinaBertConfig, target
     if kept.is_default:
         notes.append("sentence-transformers files were missing: mean pooling and normalisation were written")
     max_length = kept.max_length or config.model_max_length
-    for name, content in sentence_transformers_files(config.hidden_size, max_length, normalize=kept.normalize).items():
+    of_vectors = {"normalize": kept.normalize, "include_prompt": kept.include_prompt}
+    for name, content in sentence_transformers_files(config.hidden_size, max_length, **of_vectors).items():
         if name == SETTINGS:
             content = {**content, **kept.settings}  # type: ignore[dict-item]
         write_json(stage / name, content)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from modeling_jina_bert import JinaBertModel
 
 from .folders import checkpoint_files as files
-from .folders.carried_settings import carried_settings
+from .folders.carried_settings import CarriedSettings, carried_settings
 from .folders.checkpoint_files import DTYPE_NAMES, WEIGHTS, FolderError
 from .folders.folder_files import (
     SETTINGS,
@@ -147,11 +147,13 @@ def export_formats(
         raise FolderError(f"dtype={dtype!r} is not one of {', '.join(DTYPE_NAMES)}.")
     if card is not None and not card.is_file():
         raise FolderError(f"{card} is no file.")
+    if formats.tei is not None and formats.tei.resolve() == output.resolve():
+        raise FolderError(f"{output} is named for two forms: give text-embeddings-inference a folder of its own.")
     formats.check()
     model, tokenizer, kept = _load(model_path)
     with ExitStack() as stack:
         stage = stack.enter_context(staged(output, into_existing=True, stale=WEIGHTS_OF_A_FOLDER))
-        _write_folder(model, tokenizer, stage, dtype, normalize=kept.normalize)
+        _write_folder(model, tokenizer, stage, dtype, kept)
         if card is not None:
             shutil.copyfile(card, stage / "README.md")
         _verify(model, stage, output, dtype)
@@ -185,7 +187,7 @@ def _load(model_path: str):
     return model, tokenizer, kept
 
 
-def _write_folder(model: JinaBertModel, tokenizer, folder: Path, dtype: str, *, normalize: bool):
+def _write_folder(model: JinaBertModel, tokenizer, folder: Path, dtype: str, kept: CarriedSettings):
     model.config.architectures = [type(model).__name__]
     model.config.dtype = torch.float32
     model.config.save_pretrained(folder)
@@ -196,7 +198,8 @@ def _write_folder(model: JinaBertModel, tokenizer, folder: Path, dtype: str, *, 
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     write_tokenizer(tokenizer, folder)
     shape = model.config.hidden_size, model.config.model_max_length
-    for name, content in sentence_transformers_files(*shape, normalize=normalize).items():
+    of_vectors = {"normalize": kept.normalize, "include_prompt": kept.include_prompt}
+    for name, content in sentence_transformers_files(*shape, **of_vectors).items():
         write_json(folder / name, content)
     write_code(folder)
 

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from .folders.loading import quiet_transformers
+from .folders.staging import WEIGHTS_OF_A_FOLDER
 from .hub.publishable import Limits, LocalFile, UnpublishableFolder, scan
 from .hub.remote import MAIN, Published, PushError, Remote, Repository, Retries
 from .model_card import check_card
@@ -153,7 +155,13 @@ def push(folder: str | Path, repo_id: str, *, dry_run: bool = False, **options) 
     new = remote.head is None
     if not dry_run and new:
         remote = _create(repository, settings)
-    result = Push(repo_id, revision, compare(files, remote.files, prune=settings.prune), tuple(contents.left_out), new)
+    changes = compare(files, remote.files, prune=settings.prune)
+    if stale := stale_weights(changes):
+        logger.warning(
+            "%s: %s on the Hub are of weights before these; --prune deletes what the folder has not.",
+            repo_id, ", ".join(stale),
+        )  # fmt: skip
+    result = Push(repo_id, revision, changes, tuple(contents.left_out), new)
     if dry_run:
         return result
     published = _publish(repository, files, remote, settings)
@@ -187,6 +195,17 @@ def compare(files: dict[str, LocalFile], remote: dict[str, RepoFile], *, prune: 
             change = "unchanged" if _is_same(files[path], remote[path]) else "changed"
         changes.append(FileChange(path, files[path].size if path in files else remote[path].size, change))
     return tuple(changes)
+
+
+def stale_weights(changes: Sequence[FileChange]) -> list[str]:
+    """Files of weights that stay on the Hub beside new ones: another engine would go on with the old model."""
+
+    def is_weights(path: str) -> bool:
+        return any(fnmatch(path, pattern) for pattern in WEIGHTS_OF_A_FOLDER)
+
+    if not any(change.change in ("new", "changed") and is_weights(change.path) for change in changes):
+        return []
+    return [change.path for change in changes if change.change == "kept" and is_weights(change.path)]
 
 
 def _is_same(local: LocalFile, remote: RepoFile) -> bool:

@@ -41,6 +41,9 @@ def model():
 
 def test_wrong_commands_are_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("a\n")
+    (tmp_path / "mine").mkdir()
+    for name in ("index.json", "vectors.faiss", "documents.parquet", "thesis.txt"):
+        (tmp_path / "mine" / name).write_text("{}")
     for arguments, message in (
         (["encode", "nowhere.txt"], "nowhere.txt: there is no such file"),
         (["encode", "."], ". is a folder"),
@@ -48,6 +51,10 @@ def test_wrong_commands_are_one_line(tmp_path):
         (["encode", "a.txt", "-o", "out.bin"], "out.bin: the name of an output ends with .npy, .parquet, .jsonl"),
         (["encode", "a.txt", "-o", "no/out.npy"], "there is no folder no"),
         (["encode", "a.txt", "--resume"], "give --output"),
+        (["encode", "a.txt", "--id-column", "_id"], "a.txt is read as text, without columns: no '_id'"),
+        (["encode", "-", "--column", "body"], "- is read as text, without columns: no 'body'"),
+        (["encode", "a.txt", "--keep-text", "-o", "o.npy"], "o.npy holds vectors alone"),
+        (["chunk", "a.txt", "-o", "o.npy"], "o.npy would hold vectors without their chunks"),
         (["encode", "a.txt", "-o", "o.npy", "--resume", "--overwrite"], "give one of them"),
         (["encode", "a.txt", "--max-length", "9", "--no-truncation"], "give one of them"),
         (["encode", "a.txt", "--truncate-dim", "999"], "--truncate-dim 999 is more than the 256 dimensions"),
@@ -65,6 +72,9 @@ def test_wrong_commands_are_one_line(tmp_path):
         (["chunk", "a.txt", "--spans-column", "s"], "a.txt is read as text, which has no lists of spans"),
         (["search", "query", "nowhere", "text"], "nowhere is no index"),
         (["search", "build", "a.txt", "a.txt"], "a.txt exists and is no index"),
+        (["search", "build", "mine", "a.txt", "--overwrite"], "mine exists and is no index, or holds other files"),
+        (["convert", str(SHIPPED), "out", "--revision", "v1"], "is a folder here, which has no revision 'v1'"),
+        (["export", str(SHIPPED), "out", "--tei", "out"], "out is named for two forms"),
         (["info", "nowhere"], "nowhere is neither a folder nor the name of a Hub repository"),
         (["convert", "nowhere", "out"], "nowhere is neither a folder"),
         (["export", str(SHIPPED), "out", "--gguf", "q2"], "GGUF type 'q2' is not one of"),
@@ -75,7 +85,7 @@ def test_wrong_commands_are_one_line(tmp_path):
         (["train", "nothing"], "training has no program 'nothing'; it has"),
     ):  # fmt: skip
         assert message in refuse(*arguments)
-    assert os.listdir() == ["a.txt"]
+    assert sorted(os.listdir()) == ["a.txt", "mine"]
 
 
 def test_an_error_of_any_kind_is_one_line_and_traceback_shows_where(tmp_path, monkeypatch):
@@ -225,7 +235,7 @@ def test_chunks_of_given_spans_are_those_of_encode_chunks(tmp_path, model):
 )
 def test_a_bad_span_is_one_line_that_names_the_place(tmp_path, spans, message):
     write(tmp_path / "a.jsonl", ["fine", "a  b"], {"parts": [[[0, 4]], spans]})
-    assert message in refuse("chunk", "a.jsonl", "--spans-column", "parts", "-o", "out.npy")
+    assert message in refuse("chunk", "a.jsonl", "--spans-column", "parts", "-o", "out.jsonl")
     pq.write_table(pa.table({"text": ["a"], "parts": [1]}), "b.parquet")
     assert "b.parquet, row 0: 'parts' is 1 (int)" in refuse("chunk", "b.parquet", "--spans-column", "parts")
 

@@ -27,6 +27,7 @@ from push_runs import (  # noqa: F401  pytest finds the fixtures by name
     refusal,
     scale_weights,
 )
+from safetensors.torch import load_file, save_file
 
 from hub_repo.folders.folder_files import write_json
 from hub_repo.push import describe, main, push
@@ -64,6 +65,21 @@ def test_one_commit_and_then_only_what_differs(hub, folder):
     scale_weights(folder, 0.5)
     publish(folder)
     assert repo.resolve("main").changed == ("model.safetensors",)
+
+
+def test_old_weights_of_other_engines_are_said(hub, folder, caplog):
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"of the weights before")
+    publish(folder)
+    (folder / "onnx" / "model.onnx").unlink()
+    assert not caplog.text
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    publish(folder)
+    assert "onnx/model.onnx on the Hub are of weights before these; --prune deletes" in caplog.text
+    caplog.clear()
+    publish(folder)  # nothing is new now: nothing to say
+    assert not caplog.text
 
 
 def test_dry_run_and_prune(hub, folder, monkeypatch):

@@ -83,6 +83,8 @@ def chunk(
         truncate_dim=truncate_dim, overlap=overlap,
         chunks=chunks_of(by or "sentences") if spans_column is None else GIVEN_SPANS,
     )  # fmt: skip
+    if output is not None and output.suffix == ".npy":
+        raise ValueError(f"{output} would hold vectors without their chunks: take .parquet or .jsonl.")
     how = Writing(output, dtype.value, part_rows, resume, overwrite, quiet)
     reading = Reading(format_ and format_.value, column, id_column, whole_files, lenient, spans_column)
     source = open_input(files, None, reading)

@@ -54,6 +54,8 @@ def encode(
     )
     if max_length is not None and no_truncation:
         raise ValueError("--max-length cuts texts and --no-truncation does not: give one of them.")
+    if output is not None and output.suffix == ".npy" and (id_column or keep_text):
+        raise ValueError(f"{output} holds vectors alone: take .parquet or .jsonl for --id-column and --keep-text.")
     how = Writing(output, dtype.value, part_rows, resume, overwrite, quiet)
     source = open_input(files, text, Reading(format_ and format_.value, column, id_column, whole_files, lenient))
     columns = ("file", "row", *(("id",) if id_column else ()), *(("text",) if keep_text else ()))

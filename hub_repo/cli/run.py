@@ -128,7 +128,10 @@ def to_file(
     except BaseException:
         if parts.done:
             kept = sum(part.texts for part in parts.done)
-            say(f"{kept:,} texts are done and kept in {parts.folder}: the same command with --resume goes on.")
+            without = " in place of --overwrite" if parts.overwritten else ""
+            say(
+                f"{kept:,} texts are done and kept in {parts.folder}: the same command with --resume{without} goes on."
+            )
         raise
     parts.finish(join)
     warn(source, model, totals)

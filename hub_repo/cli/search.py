@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..embedding.model_folder import Encoding, ModelFolder
 from ..embedding.parts import Parts, batches
-from ..embedding.search_index import DESCRIPTION, Hit, SearchIndex, write_index
+from ..embedding.search_index import Hit, SearchIndex, is_index, write_index
 from ..embedding.text_input import STDIN, Reading, Row, TextInput
 from ..embedding.vector_files import Layout
 from . import options
@@ -62,8 +62,8 @@ def build(
 
     A text file is one text. The index keeps texts, identifiers and paths; it is exact (every vector is compared).
     """
-    if index.exists() and not (index / DESCRIPTION).is_file() and not (index.is_dir() and not any(index.iterdir())):
-        raise ValueError(f"{index} exists and is no index: it is left alone.")
+    if index.exists() and not is_index(index) and not (index.is_dir() and not any(index.iterdir())):
+        raise ValueError(f"{index} exists and is no index, or holds other files too: it is left alone.")
     if not index.absolute().parent.is_dir():
         raise ValueError(f"{index}: there is no folder {index.parent}.")
     encoding = Encoding(

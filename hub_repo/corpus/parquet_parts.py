@@ -125,8 +125,8 @@ def find_sources(names: Sequence[str], output: str) -> list[Source]:
         output: Path or URI of the output, which no folder may hold.
 
     Raises:
-        InputError: One that is missing, twice there or no parquet; a folder without parquet files or with the output;
-            files of different columns.
+        InputError: One that is missing, twice there, no parquet or in the output; a folder without parquet files or
+            with the output; files of different columns.
     """
     target, target_path = locate(output)
     found: list[tuple[pafs.FileSystem, str, int]] = []
@@ -134,6 +134,8 @@ def find_sources(names: Sequence[str], output: str) -> list[Source]:
         filesystem, path = locate(name)
         info = _info(filesystem, path, name)
         if info.type == pafs.FileType.File:
+            if filesystem == target and path.rpartition("/")[0] == target_path:
+                raise InputError(f"{name} lies in the output {output}: its parts would stand beside it.")
             found.append((filesystem, path, info.size))
             continue
         if filesystem == target and f"{target_path}/".startswith(f"{path}/"):

@@ -219,7 +219,7 @@ def open_output(job: Job, description: dict, *, overwrite: bool = False):
     Args:
         job: See `plan`.
         description: See `plan`.
-        overwrite: Drop the parts of whatever job.
+        overwrite: Drop the parts of whatever job; a folder without a job is left alone.
 
     Raises:
         JobError: The folder holds parts of another job, or something else.
@@ -231,7 +231,7 @@ def open_output(job: Job, description: dict, *, overwrite: bool = False):
     filesystem.create_dir(folder, recursive=True)
     names = _names(job)
     before = _read_json(job, JOB) if JOB in names else None
-    if before is None and not overwrite and any(not name.startswith(".") for name in names):
+    if before is None and any(not name.startswith(".") for name in names):
         raise JobError(f"{folder} is not empty and holds no job: name another folder.")
     if before is not None and before != description and not overwrite:
         name = next(x for x in sorted(before.keys() | description.keys()) if before.get(x) != description.get(x))

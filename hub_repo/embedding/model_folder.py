@@ -1,10 +1,12 @@
 """The model of a command: where it lies, which it is, and the texts through it.
 
 Law: the code that runs is the installed package's, never that of the folder. A model is known by the hash of its
-weights and tokenizer, so a renamed folder is the same model and one that was trained on is another.
+weights, tokenizer and configuration, so a renamed folder is the same model and one that was trained on, or that cuts
+texts elsewhere, is another.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +19,8 @@ from .parts import Result
 from .text_input import Row
 from .vector_files import Embeddings, Layout
 
-_TOKENIZER = "tokenizer.json"
+_TOKENIZER = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
+_VOLATILE = ("transformers_version", "auto_map", "architectures", "_name_or_path")
 GIVEN_SPANS = "spans"
 
 
@@ -58,7 +61,7 @@ class ModelFolder:
 
     Attributes:
         path: The folder.
-        sha256: Of its weights and tokenizer.
+        sha256: Of its weights, tokenizer and configuration.
         dimensions: Of a vector.
 
     Raises:
@@ -134,8 +137,11 @@ def load_model(path: Path, device, dtype: str | None):
 
 
 def _sha256(folder: Path, weights: Sequence[str]) -> str:
-    hasher = hashlib.sha256()
-    for name in (*weights, _TOKENIZER):
+    from ..folders.checkpoint_files import read_json
+
+    config = {name: value for name, value in read_json(folder / "config.json").items() if name not in _VOLATILE}
+    hasher = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in (*weights, *_TOKENIZER):
         if (folder / name).is_file():
             with (folder / name).open("rb") as file:
                 while block := file.read(2**20):

@@ -107,6 +107,7 @@ class Parts:
         self.job = json.loads(json.dumps({**job, **asdict(layout), "suffix": suffix, "part_rows": part_rows}))
         self.folder = self.output.with_name(f".{self.output.name}.parts")
         self.done: list[Part] = []
+        self.overwritten = False
 
     @contextmanager
     def opened(self, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
@@ -139,6 +140,7 @@ class Parts:
 
     def _begin(self, *, resume: bool, overwrite: bool):
         """Refuses what would be lost; then finds what is done, or clears the folder."""
+        self.overwritten = overwrite
         if self._has_parts() and not (resume or overwrite):
             raise PartsError(
                 f"{self.folder} holds parts of an interrupted run: --resume goes on, --overwrite begins anew."

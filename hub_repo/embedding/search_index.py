@@ -23,7 +23,7 @@ from ..requirements import require
 from .vector_files import Layout, table_parts
 
 DESCRIPTION, VECTORS, DOCUMENTS = "index.json", "vectors.faiss", "documents.parquet"
-_FORM = 1
+_FORM = 2  # in the first one a model was known by its weights and tokenizer.json
 
 
 class SearchIndexError(ValueError):
@@ -36,7 +36,7 @@ class Description:
 
     Attributes:
         model: Folder or Hub repository.
-        model_sha256: Of its weights and tokenizer.
+        model_sha256: Of its weights, tokenizer and configuration.
         dimensions: Of a vector.
         vectors: Number of vectors.
         truncate_dim: Dimensions that were kept, None for all.
@@ -88,6 +88,11 @@ def write_index(parts: Sequence[Path], folder: Path, layout: Layout, description
     faiss.write_index(index, str(folder / VECTORS))
     whole = {**description, "dimensions": layout.dimensions, "vectors": index.ntotal, "form": _FORM}
     (folder / DESCRIPTION).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def is_index(folder: Path) -> bool:
+    """Whether a folder holds an index and nothing else."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} == {DESCRIPTION, VECTORS, DOCUMENTS}
 
 
 class SearchIndex:

@@ -28,6 +28,7 @@ _WITH_LISTS = ("jsonl", "parquet")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".zst")
 _PARQUET_ROWS = 1024
+_COLUMN = "text"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -75,7 +76,7 @@ class Reading:
     """
 
     format: str | None = None
-    column: str = "text"
+    column: str = _COLUMN
     id_column: str | None = None
     whole: bool = False
     lenient: bool = False
@@ -149,6 +150,11 @@ class TextInput:
 
     def _check(self, file: str):
         format_ = self.reading.format_of(file)
+        named = [x for x in (self.reading.id_column, self.reading.column) if x not in (None, _COLUMN)]
+        if format_ == "text" and named:
+            raise InputError(
+                f"{file} is read as text, without columns: no {named[0]!r}; give --format jsonl, csv, tsv."
+            )
         if self.reading.spans_column is not None and format_ not in _WITH_LISTS:
             raise InputError(f"{file} is read as {format_}, which has no lists of spans: give JSONL or parquet.")
         if file == STDIN:
@@ -206,6 +212,9 @@ class TextInput:
         for where, values in reader:
             if len(values) != len(columns):
                 raise InputError(f"{where}: {len(values)} fields, the header has {len(columns)}.")
+            if self.reading.format_of(file) == "tsv" and any("\n" in value and "\t" in value for value in values):
+                # Many TSV files are written without quotes; one that begins a text would swallow the rows after it.
+                raise InputError(f"{where}: line breaks and tabs within quotes may be rows of their own: give JSONL.")
             yield values[text_at], None if id_at is None else values[id_at], None
 
     def _csv_reader(self, file: str, stream: BinaryIO) -> Iterator[tuple[str, list[str]]]:

@@ -22,12 +22,14 @@ class CarriedSettings:
     Attributes:
         is_default: Whether there were none.
         normalize: Whether embeddings are scaled to length 1.
+        include_prompt: Whether the tokens of a prompt count in the mean.
         max_length: Tokens a text is cut at; None if not said.
         settings: Those of config_sentence_transformers.json, prompts and the similarity among them.
     """
 
     is_default: bool = True
     normalize: bool = True
+    include_prompt: bool = True
     max_length: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -59,7 +61,8 @@ def carried_settings(folder: Path) -> CarriedSettings:
         raise FolderError(f"{folder / paths[1]}: pooling is not the mean over the tokens: {pooling}.")
     found = _optional(folder / "config_sentence_transformers.json")
     settings = {name: found[name] for name in _SETTINGS if found.get(name) is not None}
-    return CarriedSettings(False, kinds[-1] == "Normalize", _max_length(folder), settings)
+    include_prompt = pooling.get("include_prompt") is not False
+    return CarriedSettings(False, kinds[-1] == "Normalize", include_prompt, _max_length(folder), settings)
 
 
 def _max_length(folder: Path) -> int | None:

@@ -36,7 +36,9 @@ def write_json(path: Path, content: object):
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def sentence_transformers_files(hidden_size: int, max_length: int, *, normalize: bool = True) -> dict[str, object]:
+def sentence_transformers_files(
+    hidden_size: int, max_length: int, *, normalize: bool = True, include_prompt: bool = True
+) -> dict[str, object]:
     """Relative path -> content of the JSON files that make a folder a sentence-transformers model.
 
     NOTE: in the schema that releases before 6 and serving engines read; the current release reads it, too.
@@ -45,6 +47,7 @@ def sentence_transformers_files(hidden_size: int, max_length: int, *, normalize:
         hidden_size: Width of the embeddings.
         max_length: Tokens a text is cut at by `SentenceTransformer.encode`.
         normalize: Whether embeddings are scaled to length 1.
+        include_prompt: Whether the tokens of a prompt count in the mean.
     """
     kinds = _MODULES if normalize else _MODULES[:-1]
     modules = [
@@ -54,6 +57,8 @@ def sentence_transformers_files(hidden_size: int, max_length: int, *, normalize:
     pooling: dict[str, object] = {"word_embedding_dimension": hidden_size}
     for mode in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens"):
         pooling[f"pooling_mode_{mode}"] = mode == "mean_tokens"
+    if not include_prompt:
+        pooling["include_prompt"] = False
     return {
         "modules.json": modules,
         "1_Pooling/config.json": pooling,

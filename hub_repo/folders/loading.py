@@ -8,10 +8,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from transformers.utils import logging as transformers_logging
+
+from ..requirements import install_command
 
 CHECK_TEXTS = ("How is the weather today?", "", "A longer text, of many words. " * 300)
 """Short, empty and of more than 2,049 tokens, the longest sequence that other engines are compared at."""
@@ -32,7 +35,8 @@ folder, target, with_sentence_transformers, *texts = sys.argv[1:]
 found = {"AutoModel": AutoModel.from_pretrained(folder, trust_remote_code=True).encode(texts)}
 if with_sentence_transformers == "True":
     from sentence_transformers import SentenceTransformer
-    found["SentenceTransformer"] = SentenceTransformer(folder, trust_remote_code=True, device="cpu").encode(texts)
+    model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+    found["SentenceTransformer"] = model.encode(texts, prompt="")
 np.savez(target, **found)
 """
 
@@ -55,7 +59,10 @@ def load_in_fresh_process(folder: Path, *, sentence_transformers: bool = True) -
 
     Raises:
         RuntimeError: It does not load; the end of what the process said.
+        ImportError: sentence-transformers is not installed here, which is no fault of the folder.
     """
+    if sentence_transformers and find_spec("sentence_transformers") is None:
+        raise ImportError(f"the package sentence_transformers is needed: {install_command('export')}")
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "vectors.npz"
         environment = _environment(Path(scratch))

@@ -47,9 +47,16 @@ def staged(output: Path, *, into_existing: bool = False, stale: Sequence[str] = 
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def _umask() -> int:
+    """What the user keeps from others."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
 def _publish(stage: Path, output: Path, stale: Sequence[str]):
     for path in (stage, *stage.rglob("*")):  # mkdtemp and safetensors write what only their owner may read
-        path.chmod(0o755 if path.is_dir() else 0o644)
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
     if not output.exists():
         os.replace(stage, output)
         return

@@ -22,6 +22,8 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
             line, without the token.
     """
     if Path(source).is_dir():
+        if revision is not None:
+            raise FolderError(f"{source} is a folder here, which has no revision {revision!r}.")
         return Path(source)
     if len(Path(source).parts) != 2 or Path(source).is_absolute():
         raise FolderError(f"{source} is neither a folder nor the name of a Hub repository.")
