@@ -6,6 +6,8 @@ of two lengths never share a file. A vector with NaN is an error, not a score.
 COST: texts are embedded in batches of `TOKENS_PER_BATCH` tokens; mteb's batch size is not used.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 
 from modeling_jina_bert import JinaBertConfig
 
-from .loading import MINILM, Placement, is_official_form, load_sentence_transformer, placed
+from .loading import MINILM, Placement, is_official_form, load_sentence_transformer, placed, weights_sha256
 from .mteb_training import TRAINING_CODE, Training
 from .sets import EvaluationError
 from .systems import EmbeddingModel
@@ -70,6 +72,7 @@ class TextEncoder(AbsEncoder):
         source = MINILM if model_name == MINILM_NAME else model_name
         self.model = load_sentence_transformer(source, Placement(device, dtype, revision))
         own_limit = self.model.max_seq_length
+        of_folder = _sha256(self.model)
         tables = [p for name, p in self.model.named_parameters() if name.endswith("position_embeddings.weight")]
         positions = min((table.shape[0] for table in tables), default=None)
         if max_length is not None and positions is not None and max_length > positions:
@@ -89,7 +92,8 @@ class TextEncoder(AbsEncoder):
         }
         self.experiment = {name: value for name, value in differs.items() if value is not None}
         self.settings = {**settings, "normalized": self.normalized, "prompts": self.model_prompts}
-        self.revision = placed(self.model)["revision"] or revision or f"weights-{self.settings['weights_sha256'][:12]}"
+        commit = placed(self.model)["revision"] or revision
+        self.revision = commit or f"folder-{of_folder[:12]}"
         self.settings |= {"revision": self.revision, "device": str(self.model.device)}
         self.mteb_model_meta = meta_of(self, model_name, training)
 
@@ -146,6 +150,23 @@ def mteb_name(model_name: str) -> str:
         return MINILM_NAME
     parts = [part for part in Path(model_name).parts if part not in ("/", ".", "..")]
     return "/".join(parts[-2:]) if len(parts) > 1 else f"local/{''.join(parts)}"
+
+
+def _sha256(model: SentenceTransformer) -> str:
+    """Of all that decides a score of a folder: weights, limit, modules, prompts and the tokenizer.
+
+    mteb knows a result by this and by what is asked for on the command line.
+    """
+    modules = [(type(module).__name__, getattr(module, "get_config_dict", dict)()) for module in model]
+    prompts = [model.prompts, model.default_prompt_name]
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    tokenizer = model.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    content = json.dumps(
+        [weights_sha256(model), model.max_seq_length, modules, prompts, tokenizer],
+        sort_keys=True,
+        default=lambda value: type(value).__name__,
+    )
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def meta_of(encoder: TextEncoder, model_name: str, training: Training | None) -> ModelMeta:

@@ -132,11 +132,10 @@ def test_a_sequence_in_a_packed_batch_trains_as_it_does_alone(tokenizer):
 
 def test_a_checkpoint_without_the_datas_position_reads_them_again(run, tmp_path, caplog):
     """As the checkpoints of versions before it was kept."""
-    import shutil
-
     old = tmp_path / "checkpoint-4"
     shutil.copytree(run / "checkpoint-4", old)
-    (old / "data-process0.json").unlink()
+    for name in ("data-process0.json", "complete.json"):
+        (old / name).unlink()
     with caplog.at_level("WARNING"):
         final = mlm.train(recipe(tmp_path / "run", *WORKERS), resume=str(old))
     assert "reading those of 4 steps again" in caplog.text

@@ -106,12 +106,30 @@ def test_tasks_by_name_and_what_is_none():
         sets_of(select_tasks(["STSBenchmark"])[0])
 
 
+def test_a_folder_with_the_same_weights_and_other_files_is_another_model():
+    model = SentenceTransformer(str(SHIPPED), trust_remote_code=True, device="cpu")
+
+    def sha256() -> str:
+        return mteb_model._sha256(model)
+
+    before, found = sha256(), set()
+    assert before == sha256()
+    model.prompts = {"query": "query: "}
+    found.add(sha256())
+    model.prompts = {}
+    model.max_seq_length = 512
+    found.add(sha256())
+    model[1].pooling_mode = "cls"
+    found.add(sha256())
+    assert len(found | {before}) == 4
+
+
 def test_real_tasks_run_offline_and_are_not_run_again(data, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
     arguments = arguments_for(data, output, "--tasks", "ir/Facts", "clustering/Kinds", "--trained-on", "tiny")
     assert run(arguments) == 0
     folder = next((output / "results" / "me__tiny").iterdir())
-    assert folder.name.startswith("weights-")
+    assert folder.name.startswith("folder-")
     meta = json.loads((folder / "model_meta.json").read_text())
     assert (meta["name"], meta["max_tokens"], meta["embed_dim"]) == ("me/tiny", 8192, 256)
     assert set(meta["training_datasets"]) == TINY.tasks

@@ -389,8 +389,8 @@ class EncodeMixin(_PreTrainedModel):
         if self.device.type != "meta":
             return self.device
         modules = (self.embeddings, self.embeddings.word_embeddings)
-        hooks = (getattr(module, "_hf_hook", None) for module in modules)
-        found = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
+        places = [getattr(getattr(module, "_hf_hook", None), "execution_device", None) for module in modules]
+        found = [place for place in places if place is not None]
         return torch.device(found[0]) if found else self.device
 
 
