@@ -135,7 +135,7 @@ def test_a_distilled_student_goes_on_with_the_axes_that_it_has(start, tmp_path):
     for axes in ("fitted", "principal"):
         distilled(first, tmp_path / axes, *steps, *others, f"axes={axes}")
         loss[axes] = losses(tmp_path / axes)[1]
-    assert loss["fitted"] < 0.8 * loss["principal"], loss
+    assert loss["fitted"] < 0.95 * loss["principal"], loss
 
 
 def test_word_embeddings_of_the_teacher(start):
