@@ -65,7 +65,7 @@ class JinaBertConfig(PreTrainedConfig):
         sparse_attention: Leave out of attention what is proven to be below the rounding of the dtype (`sparsity.py`).
         position_embedding_type: "alibi"; kept because the published config.json files carry it.
         emb_pooler: "mean"; kept because the published config.json files carry it.
-        model_max_length: Maximum length in tokens that `encode` truncates to when the tokenizer states none.
+        model_max_length: Length in tokens that `encode` truncates to, unless the limit of the tokenizer is smaller.
 
     Raises:
         ValueError: A field that no JinaBERT has (absolute positions, an ungated MLP, an indivisible width).
