@@ -1,7 +1,8 @@
-"""The systems that run our ONNX graph: onnxruntime (float32, int8) and OpenVINO (its own precision, float32).
+"""The systems that run a graph of `graph_export`: onnxruntime (float32, int8), OpenVINO (its own precision, float32).
 
 Law: a runtime that computes in float32 is within `TOLERANCE` of torch on the check of the graph, or it is not timed.
-One that rounds by design (int8, OpenVINO on a processor with bf16) is timed, and its difference is reported.
+One that rounds by design (int8, OpenVINO on a processor with bf16, weights stored as float16) is timed, and its
+difference is reported.
 """
 
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from hub_repo.formats.openvino_export import import_openvino
+from hub_repo.formats.onnx_export import FILES
+from hub_repo.formats.openvino_export import FILE, import_openvino
 
-from .graph_export import CHECK, GRAPH, QUANTIZED
+from .graph_export import CHECK, EXPORT, GRAPH, QUANTIZED
 from .workloads import make_batch, padded_batches
 
 TOLERANCE = 1e-3
@@ -55,6 +57,13 @@ class Graph:
         return [self.run(*inputs) for inputs in self.batches]
 
 
+def _inputs(names: list[str], input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if "token_type_ids" in names:
+        inputs["token_type_ids"] = np.zeros_like(input_ids)
+    return inputs
+
+
 def _onnxruntime(path: Path, threads: int) -> Graph:
     import onnxruntime
 
@@ -62,8 +71,10 @@ def _onnxruntime(path: Path, threads: int) -> Graph:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
+    names = [value.name for value in session.get_inputs()]
+
     def run(input_ids, attention_mask):
-        return session.run(None, {"input_ids": input_ids, "attention_mask": attention_mask})[0]
+        return session.run(None, _inputs(names, input_ids, attention_mask))[0]
 
     return Graph(run, {"providers": session.get_providers()})
 
@@ -75,9 +86,10 @@ def _openvino(path: Path, threads: int, precision: str | None) -> Graph:
         settings["INFERENCE_PRECISION_HINT"] = precision
     model = openvino.Core().compile_model(path, "CPU", settings)
     request = model.create_infer_request()
+    names = [value.any_name for value in model.inputs]
 
     def run(input_ids, attention_mask):
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = _inputs(names, input_ids, attention_mask)
         result = request.infer(inputs, share_inputs=True, share_outputs=True)  # no copies
         return result["last_hidden_state"]
 
@@ -91,18 +103,23 @@ def load(kind: str, folder: Path, *, threads: int, options: dict[str, Any]) -> G
         kind: "onnxruntime" or "openvino".
         folder: What `graph_export.build` returned.
         threads: Of the runtime.
-        options: Of onnxruntime `quantized`; of OpenVINO `precision`, None for that of the device.
+        options: `published`, for the form that `hub_repo.export` writes; of onnxruntime `quantized`; of OpenVINO
+            `precision`, None for that of the device.
 
     Raises:
         ValueError: Another kind; a float32 runtime that is off torch by more than `TOLERANCE`.
     """
+    published = options.get("published", False)
     if kind == "onnxruntime":
         quantized = options.get("quantized", False)
-        graph = _onnxruntime(folder / (QUANTIZED if quantized else GRAPH), threads)
+        traced = QUANTIZED if quantized else GRAPH
+        path = folder / EXPORT / FILES["int8" if quantized else "fp32"] if published else folder / traced
+        graph = _onnxruntime(path, threads)
         graph.check(folder, exact=not quantized)
     elif kind == "openvino":
-        graph = _openvino(folder / GRAPH, threads, options.get("precision"))
-        graph.check(folder, exact=options.get("precision") == "f32")
+        precision = options.get("precision")
+        graph = _openvino(folder / EXPORT / FILE if published else folder / GRAPH, threads, precision)
+        graph.check(folder, exact=precision == "f32" and not published)  # published: weights stored as float16
     else:
         raise ValueError(f"unknown kind {kind!r}: onnxruntime or openvino.")
     return graph

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 INSTRUCTION_SETS = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
@@ -78,7 +79,7 @@ def describe_versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
 
 
-def describe_machine() -> dict[str, object]:
+def describe_machine() -> dict[str, Any]:
     """JSON values about processor, memory, versions and the commit of this repository."""
     processors = _cpuinfo()
     model = processors[0].get("model name") if processors else platform.processor()

@@ -9,8 +9,8 @@ from typing import Any
 
 COLOURS = {
     "ours": ("#08519c", "#3182bd", "#6baed6", "#08306b", "#41b6c4"),
-    "onnxruntime": ("#d94801", "#fd8d3c"),
-    "openvino": ("#238b45", "#74c476"),
+    "onnxruntime": ("#d94801", "#fd8d3c", "#7f2704", "#fdd0a2"),
+    "openvino": ("#238b45", "#74c476", "#00441b", "#c7e9c0"),
     "bert": ("#6a51a3",),
     "dense": ("#a50f15", "#fb6a4a"),
     "ceiling": ("#737373", "#bdbdbd"),

@@ -22,6 +22,8 @@ FINAL = ("ok", "out of memory", "time limit")
 """Statuses that a resumed run does not measure again."""
 LIMITS = ("out of memory", "time limit")
 """Statuses after which longer texts are not tried."""
+MACHINE = ("cpu", "instruction_sets", "logical_cores", "physical_cores")
+"""Of `machine.describe_machine`, what has to be equal for figures to stand side by side, beside the versions."""
 
 
 class BenchmarkError(ValueError):
@@ -65,6 +67,26 @@ def check_settings(results: dict[str, Any], settings: dict[str, Any]):
         known = results["settings"].get(name)
         if known != value:
             raise BenchmarkError(f"--resume: {name} was {known!r} and is {value!r} now; take another --output.")
+
+
+def check_machine(results: dict[str, Any], machine: dict[str, Any]):
+    """Whether figures of this machine, with these versions, may stand beside those of `results`.
+
+    Args:
+        results: A document.
+        machine: Of `machine.describe_machine`.
+
+    Raises:
+        BenchmarkError: The machine of an earlier run or a version there differs; names the first that does.
+    """
+    now = {**{name: machine[name] for name in MACHINE}, **machine["versions"]}
+    for run in results["runs"]:
+        then = {**run["machine"], **run["machine"]["versions"]}
+        for name, value in now.items():
+            if then.get(name) != value:
+                raise BenchmarkError(
+                    f"--resume: {name} was {then.get(name)!r} and is {value!r} now; take another --output."
+                )
 
 
 def find_record(results: dict[str, Any], system: str, length: int | str) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from .machine import describe_machine, physical_cores
 from .report import print_report, write_report
-from .results import BenchmarkError, check_settings, new_results, read_results, write_results
+from .results import BenchmarkError, check_machine, check_settings, new_results, read_results, write_results
 from .rounds import Benchmark, Plan
 from .systems import HIDDEN, SYSTEMS, select
 from .workloads import DEFAULT_LENGTHS, INITIALIZER_RANGE, MIX, SEED, SHAPES, VOCABULARY, make_workload, parse_length
@@ -108,11 +108,12 @@ def make_settings(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def prepare_output(arguments: argparse.Namespace) -> tuple[Path, Plan, dict[str, Any]]:
+def prepare_output(arguments: argparse.Namespace, machine: dict[str, Any]) -> tuple[Path, Plan, dict[str, Any]]:
     """The results file, the plan and the document, new or resumed.
 
     Raises:
-        BenchmarkError: The file exists and --resume is not given, or was measured with other settings.
+        BenchmarkError: The file exists and --resume is not given, or was measured with other settings, on another
+            machine or with other versions.
     """
     path = arguments.output / f"speed-{arguments.shape}-{arguments.device}.json"
     if not path.exists():
@@ -124,6 +125,7 @@ def prepare_output(arguments: argparse.Namespace) -> tuple[Path, Plan, dict[str,
         results = read_results(path)
         plan = make_plan(arguments, reference=results["settings"].get("reference"))
         check_settings(results, make_settings(plan, arguments))
+        check_machine(results, machine)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -137,8 +139,9 @@ def main(argv: Sequence[str] | None = None):
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO)
     arguments = parse_arguments(argv)
+    machine = describe_machine()
     try:
-        path, plan, results = prepare_output(arguments)
+        path, plan, results = prepare_output(arguments, machine)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -148,7 +151,7 @@ def main(argv: Sequence[str] | None = None):
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "time_limit_s": plan.time_limit_s,
             "peak_tflops": arguments.peak_tflops,
-            "machine": describe_machine(),
+            "machine": machine,
         }
     )
     status = 0

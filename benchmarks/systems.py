@@ -45,6 +45,8 @@ class System:
 
 _GRAPH = ("onnx", "onnxscript", "onnxruntime")  # building needs them whatever runs it
 _OPENVINO = (*_GRAPH, "openvino")
+_TRACED = "traced from torch, attention with a dense bias"
+_PUBLISHED = "what hub_repo.export writes, attention block by block"
 
 SYSTEMS: dict[str, System] = {
     "ours-sdpa-fp32": System("ours", "fp32", OURS_LONGEST, "this package, its default"),
@@ -81,27 +83,57 @@ SYSTEMS: dict[str, System] = {
         packages=("flash_attn",),
         options={"attention": "flash_attention_2"},
     ),
-    "onnxruntime-fp32": System("onnxruntime", "fp32", 8192, "our ONNX export", device="cpu", packages=_GRAPH),
+    "onnxruntime-fp32": System("onnxruntime", "fp32", 8192, _TRACED, device="cpu", packages=_GRAPH),
     "onnxruntime-int8": System(
         "onnxruntime",
         "int8",
         8192,
-        "our ONNX export, weights quantised, activations dynamically",
+        f"{_TRACED}, weights quantised, activations dynamically",
         device="cpu",
         packages=_GRAPH,
         options={"quantized": True},
     ),
+    "onnxruntime-export-fp32": System(
+        "onnxruntime", "fp32", 32768, _PUBLISHED, device="cpu", packages=_GRAPH, options={"published": True}
+    ),
+    "onnxruntime-export-int8": System(
+        "onnxruntime",
+        "int8",
+        32768,
+        f"{_PUBLISHED}, its int8 form",
+        device="cpu",
+        packages=_GRAPH,
+        options={"published": True, "quantized": True},
+    ),
     "openvino": System(
-        "openvino", "device", 8192, "our ONNX export, precision of the device", device="cpu", packages=_OPENVINO
+        "openvino", "device", 8192, f"{_TRACED}, precision of the device", device="cpu", packages=_OPENVINO
     ),
     "openvino-fp32": System(
         "openvino",
         "fp32",
         8192,
-        "our ONNX export, precision f32",
+        f"{_TRACED}, precision f32",
         device="cpu",
         packages=_OPENVINO,
         options={"precision": "f32"},
+    ),
+    "openvino-export": System(
+        "openvino",
+        "device",
+        32768,
+        f"{_PUBLISHED}, precision of the device",
+        device="cpu",
+        packages=_OPENVINO,
+        options={"published": True},
+    ),
+    "openvino-export-fp32": System(
+        "openvino",
+        "fp32",
+        32768,
+        f"{_PUBLISHED}, precision f32",
+        device="cpu",
+        packages=_OPENVINO,
+        options={"published": True, "precision": "f32"},
     ),
     "bert-fp32": System("bert", "fp32", 512, "transformers' BertModel, sdpa; its MLP has no gate: fewer operations"),
     "dense-pytorch-fp32": System("dense", "fp32", 8192, "the official computation: dense bias, all scores, padding"),
