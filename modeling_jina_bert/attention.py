@@ -114,11 +114,14 @@ def sdpa_attention(
             torch.is_grad_enabled(),
         )  # fmt: skip
         return context, None
+    options = {"scaling": scaling, "dropout": dropout}
+    if sequences.cu_seqlens is not None and sequences.length > DENSE_LENGTH:
+        return _one_by_one(query, key, value, sequences, **options), None
     query, key, value = (_heads_first(x, sequences) for x in (query, key, value))
-    if sequences.cu_seqlens is not None and sequences.length <= DENSE_LENGTH:
-        context = _sdpa(query, key, value, _dense_bias(sequences), scaling=scaling, dropout=dropout)
+    if sequences.cu_seqlens is not None:
+        context = _sdpa(query, key, value, _dense_bias(sequences), **options)
     else:
-        context = _row_by_row(query, key, value, sequences, scaling=scaling, dropout=dropout)
+        context = _row_by_row(query, key, value, sequences, **options)
     return _tokens_first(context, sequences), None
 
 
@@ -139,6 +142,17 @@ def _sdpa(query, key, value, additive, *, scaling, dropout):
     return nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=additive, dropout_p=dropout, scale=scaling
     )
+
+
+def _one_by_one(query, key, value, sequences, **options):
+    """One packed sequence at a time, each at its own length; `(tokens, heads, head_dim)`."""
+    sizes = sequences.cu_seqlens.diff().tolist()
+    contexts = []
+    for rows in zip(*(x.split(sizes) for x in (query, key, value)), strict=True):
+        sequence = [x.transpose(0, 1).unsqueeze(0) for x in rows]
+        hankel = alibi_hankel(sequences.slopes, len(rows[0]))
+        contexts.append(_blockwise(*sequence, hankel, **options).squeeze(0).transpose(0, 1))
+    return torch.cat(contexts)
 
 
 def _row_by_row(query, key, value, sequences, **options):
@@ -210,7 +224,7 @@ def flex_attention(
     from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
     slopes = sequences.slopes
-    documents = torch.repeat_interleave(sequences.cu_seqlens.diff()).to(query.device)
+    documents = torch.repeat_interleave(sequences.cu_seqlens.diff(), output_size=len(query)).to(query.device)
 
     def alibi(score, batch, head, row, column):
         return score - slopes[head] * (row - column).abs()

@@ -35,6 +35,8 @@ _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "encoder.ali
 """Tensors of published files that are no parameters."""
 _HEADS = ("pooler", "cls", "classifier", "qa_outputs")
 """Modules that a checkpoint may lack as a whole: fine-tuning starts from fresh ones."""
+_BODY = ("bert", "embeddings", "encoder")
+"""Modules that it may not; beside them a user's own class may have any, which are new, too."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,9 @@ def is_qk_post_norm(names: set[str]) -> bool:
         ValueError: The names are of neither layout; the error lists some of them.
     """
     layer_0 = sorted(name for name in names if "encoder.layer.0." in name)
-    if any(name.endswith("mlp.up_gated_layer.weight") for name in layer_0):
+    if any(".mlp.up_gated_layer." in name for name in layer_0):  # quantised ones have more than a weight
         return True
-    if any(name.endswith("mlp.gated_layers.weight") for name in layer_0):
+    if any(".mlp.gated_layers." in name for name in layer_0):
         return False
     found = ", ".join(layer_0 or sorted(names)[:20]) or "no tensors"
     raise ValueError(
@@ -350,11 +352,14 @@ def _refuse_gaps(path, names: set[str], info: dict, *, any_layer: bool):
         any_layer: Whether the layers may have tensors that the model has no place for.
     """
     present = {part for name in names for part in name.split(".")}
-    missing = sorted(
-        name
-        for name in info["missing_keys"]
-        if not any(head in name.split(".") and head not in present for head in _HEADS)
-    )
+    modules = {name.split(".")[0] for name in names}
+
+    def is_new(name: str) -> bool:
+        parts = name.split(".")
+        own = parts[0] not in _BODY and parts[0] not in modules
+        return own or any(head in parts and head not in present for head in _HEADS)
+
+    missing = sorted(name for name in info["missing_keys"] if not is_new(name))
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors of the model: {', '.join(missing)}.")
     layers = re.compile(r"(^|\.)(encoder|embeddings)\.")

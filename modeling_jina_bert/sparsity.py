@@ -21,8 +21,8 @@ With p the skipped share of the softmax (p <= d), the output is off by p times t
 skipped and that of the kept values, at most 2 p max|v|; d = u / 2 makes that u max|v|. Gradients are averages over the
 same probabilities and off in proportion. `window_bound` evaluates (*) for each row and takes the largest window of a
 block of rows; z is the mean of the keys, which cancels what all keys have in common. The rounding of the bound itself
-(dot products of n numbers, relative error at most n eps) is added to t_i, four times over. Infinite or undefined norms
-give an unlimited window.
+(dot products of n numbers, relative error at most n eps) is added to t_i, four times over; autocast is off for it, and
+where a GPU may multiply in TF32 eps is 2^-10. Infinite or undefined norms give an unlimited window.
 
 COST: one product with `LOCAL` keys a query, about LOCAL / length of the attention itself.
 """
@@ -38,7 +38,7 @@ LOCAL = 32
 """Keys around a query that give the lower bound of its softmax denominator."""
 
 
-@dataclass
+@dataclass(eq=False)  # each count is one of its own, whatever it has counted
 class ScoreCount:
     """Scores (query-key pairs, summed over heads, layers and sequences) of the calls inside `count_scores`.
 
@@ -109,13 +109,18 @@ def window_bound(
         `(heads, blocks) int64`, the window w of each block of queries: keys with |i - j| > w are negligible for all
         its rows. At most length - 1, which leaves nothing out.
     """
+    with torch.autocast(query.device.type, enabled=False):  # it would multiply in half precision
+        return _window_bound(query, key, slopes, scaling, block, dtype, documents)
+
+
+def _window_bound(query, key, slopes, scaling, block, dtype, documents) -> torch.Tensor:
     heads, length, head_dim = query.shape
     blocks = math.ceil(length / block)
     work = torch.promote_types(query.dtype, torch.float32)
     query, key, slopes = query.to(work), key.to(work), slopes.to(work)
     centre = key.mean(dim=1, keepdim=True)
     radius = torch.linalg.vector_norm(key - centre, dim=2).amax(dim=1, keepdim=True)
-    slack = 4 * head_dim * torch.finfo(work).eps * (torch.linalg.vector_norm(centre, dim=2) + radius)
+    slack = 4 * head_dim * _eps(query) * (torch.linalg.vector_norm(centre, dim=2) + radius)
     upper = scaling * ((query @ centre.mT)[..., 0] + torch.linalg.vector_norm(query, dim=2) * (radius + slack))
     tail = (2 / -torch.expm1(-slopes)).clamp(max=2 * length).log()
     needed = upper - _local_logsumexp(query, key, slopes, scaling, documents)
@@ -123,6 +128,14 @@ def window_bound(
     needed = torch.nn.functional.pad(needed, (0, blocks * block - length), value=-math.inf)
     largest = needed.view(heads, blocks, block).amax(dim=2).nan_to_num(nan=math.inf)
     return largest.ceil().clamp(0, length - 1).long()
+
+
+def _eps(query: torch.Tensor) -> float:
+    """Relative rounding of a product of these."""
+    eps = torch.finfo(query.dtype).eps
+    if query.device.type == "cuda" and query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return 2**-10
+    return eps
 
 
 def least_window(slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -19,7 +19,9 @@ from modeling_jina_bert import (
     JinaBertForSequenceClassification,
     JinaBertForTokenClassification,
     JinaBertModel,
+    JinaBertPreTrainedModel,
 )
+from modeling_jina_bert.checkpoints import is_qk_post_norm
 from modeling_jina_bert.configuration_jina_bert import AUTO_MAP
 
 HEADS = [
@@ -125,6 +127,40 @@ def test_a_missing_tensor_is_named(golden, tmp_path, tensor):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=tensor):
         JinaBertForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_modules_of_a_users_own_class_are_new(golden, tmp_path):
+    class Regressor(JinaBertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert = JinaBertModel(config, add_pooling_layer=False)
+            self.regressor = torch.nn.Linear(config.hidden_size, 1)
+            self.post_init()
+
+    model = Regressor.from_pretrained(golden.folder)
+    expected = JinaBertModel.from_pretrained(golden.folder).state_dict()
+    found = model.bert.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Regressor.from_pretrained(tmp_path).regressor.weight, model.regressor.weight)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["regressor.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of the model: regressor\.bias"):
+        Regressor.from_pretrained(tmp_path)
+
+
+def test_the_layout_of_quantised_tensors():
+    name = "encoder.layer.0.mlp.{}._weight_qdata"
+    assert is_qk_post_norm({name.format("up_gated_layer")})
+    assert not is_qk_post_norm({name.format("gated_layers")})
+
+
+def test_attentions_that_the_configuration_asks_for(golden):
+    model = JinaBertModel.from_pretrained(golden.folder, output_attentions=True)
+    found = model(torch.randint(5, 100, (2, 9))).attentions
+    assert len(found) == model.config.num_hidden_layers
+    assert torch.allclose(found[0].sum(-1), torch.ones(()), atol=1e-5)
 
 
 def test_a_tensor_of_another_shape_is_named(golden, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from modeling_jina_bert import JinaBertModel, count_truncations, onednn
+from modeling_jina_bert import JinaBertModel, count_truncations, encoding, onednn
 from modeling_jina_bert.encoding import token_budget_batches
 
 TEXTS = ["short", "", "a few more words here", "word " * 600, "x", "the same text", "the same text", "word " * 50]
@@ -57,6 +57,16 @@ def test_texts_beyond_one_tokenizer_window(model, monkeypatch):
         monkeypatch.setattr(module, "_FIRST_WINDOW", first)
         np.testing.assert_allclose(model.encode(TEXTS, max_length=32), expected, atol=2e-6)
         assert model.encode([]).shape == (0, 64)
+
+
+def test_long_texts_are_tokenised_a_few_at_a_time():
+    """2,048 books would be tens of gigabytes of token ids."""
+    assert [len(window) for window in encoding._windows(["a"] * 5000)] == [256, 2048, 2048, 648]
+    books = ["a" * 1_000_000] * 9 + ["b" * 10_000_000, "c"]
+    windows = list(encoding._windows(books))
+    assert [len(window) for window in windows] == [4, 4, 1, 1, 1]
+    assert [text for window in windows for text in window] == books
+    assert list(encoding._windows([])) == []
 
 
 def test_the_next_texts_are_tokenised_during_the_forward_pass(model, monkeypatch):

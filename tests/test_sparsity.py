@@ -10,7 +10,7 @@ from conftest import REPOSITORY, SHIPPED
 
 from modeling_jina_bert import JinaBertModel, alibi_slopes, count_scores, cpu_products
 from modeling_jina_bert.cpu_attention import alibi_attention
-from modeling_jina_bert.sparsity import least_window, window_bound
+from modeling_jina_bert.sparsity import least_window, record_scores, window_bound
 
 LENGTH, HEADS, SIZE, BLOCK = 3000, 4, 16, 256
 SCALING = SIZE**-0.5
@@ -103,6 +103,27 @@ def test_without_a_slope_nothing_is_left_out():
     query, key = adversarial()["random"]
     window = window_bound(query, key, torch.zeros(HEADS), scaling=SCALING, block=BLOCK, dtype=torch.float32)
     assert (window == LENGTH - 1).all()
+
+
+def test_autocast_does_not_round_the_bound():
+    """Keys with a large part in common: products in bfloat16 would be off by more than the bound's own slack."""
+    query, key = (x + 8 for x in adversarial()["random"])
+    slopes = torch.tensor(alibi_slopes(HEADS))
+    options = {"scaling": SCALING, "block": BLOCK, "dtype": torch.bfloat16}
+    expected = window_bound(query, key, slopes, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (query @ key.mT).dtype == torch.bfloat16
+        assert torch.equal(window_bound(query, key, slopes, **options), expected)
+
+
+def test_counts_are_told_apart():
+    """Two that have counted the same are still two."""
+    with count_scores() as outer:
+        with count_scores() as inner:
+            record_scores(10, 5)
+        record_scores(10, 5)
+    record_scores(10, 5)
+    assert (inner.total, outer.total) == (10, 20)
 
 
 def test_packed_documents_bound_each_other():

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _OUTPUT_VALUES = ("sentence_embedding", "token_embeddings")
 _WINDOW = 2048  # texts tokenised in one call, and sorted by length among themselves
 _FIRST_WINDOW = 256  # those that nothing can be computed beside
+_WINDOW_CHARACTERS = 2**22  # of a window, but for a text that is longer by itself
 
 
 def mean_pooling(token_embeddings: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -245,6 +246,7 @@ class EncodeMixin(_PreTrainedModel):
                 self.to(device)
         results = self._encode_texts(
             sentences, output_value, batch_size=batch_size, max_tokens=max_tokens_per_batch,
+            to_cpu=convert_to_numpy and not convert_to_tensor,
             show_progress_bar=show_progress_bar, tokenizer_kwargs=tokenizer_kwargs,
         )  # fmt: skip
         if output_value == "token_embeddings":
@@ -315,24 +317,27 @@ class EncodeMixin(_PreTrainedModel):
         *,
         batch_size: int,
         max_tokens: int,
+        to_cpu: bool,
         show_progress_bar: bool | None,
         tokenizer_kwargs: dict[str, Any],
     ) -> list[torch.Tensor]:
-        """Results in the order of the texts, window after window; says once, or counts, what truncation took."""
+        """Results in the order of the texts, window after window; says once, or counts, what truncation took.
+
+        With `to_cpu` what is computed leaves the device batch by batch, where a GPU could not hold all of it.
+        """
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
         tokenize = self._tokenize_function(**tokenizer_kwargs)
-        starts = [0, *range(_FIRST_WINDOW, len(sentences), _WINDOW), len(sentences)]
-        windows = (sentences[start:stop] for start, stop in itertools.pairwise(starts) if start < stop)
         progress_bar = tqdm(total=len(sentences), unit="text", disable=not show_progress_bar, desc="encode")
         results: list[torch.Tensor] = []
         cut_texts = cut_tokens = 0
         with evaluation_mode(self), progress_bar:
-            for window in _one_ahead(tokenize, windows):
+            for window in _one_ahead(tokenize, _windows(sentences)):
                 cut_texts, cut_tokens = cut_texts + window.cut_texts, cut_tokens + window.cut_tokens
-                results += self._encode_window(
+                found = self._encode_window(
                     window, output_value, batch_size=batch_size, max_tokens=max_tokens, progress_bar=progress_bar
                 )
+                results += (x.cpu() for x in found) if to_cpu else found
         counts = _truncations.get()
         for count in counts:
             count.texts, count.tokens = count.texts + cut_texts, count.tokens + cut_tokens
@@ -402,6 +407,19 @@ class _Window:
     lengths: list[int]
     cut_texts: int
     cut_tokens: int
+
+
+def _windows(sentences: list[str]) -> Iterator[list[str]]:
+    """Texts that are tokenised together: token ids of all of them are in memory, 44 bytes and more a token."""
+    start = characters = 0
+    for index, sentence in enumerate(sentences):
+        full = index - start == (_WINDOW if start else _FIRST_WINDOW)
+        if index > start and (full or characters + len(sentence) > _WINDOW_CHARACTERS):
+            yield sentences[start:index]
+            start, characters = index, 0
+        characters += len(sentence)
+    if start < len(sentences):
+        yield sentences[start:]
 
 
 _TOKENIZER_ARGUMENTS = (

@@ -115,13 +115,20 @@ _FUSED_ACTIVATIONS = {type(ACT2FN[name]): name for name in ("gelu", "relu")}
 """Class of the activation -> its name in oneDNN; of another one in its place the MLP is computed layer by layer."""
 
 
-def _by_blocks_of_tokens(function: Callable, hidden_states: torch.Tensor, width: int) -> torch.Tensor:
+def _by_blocks_of_tokens(
+    function: Callable, hidden_states: torch.Tensor, width: int, dropout: nn.Dropout
+) -> torch.Tensor:
     """Applies a token-wise function to blocks whose `(tokens, width)` intermediate has `MLP_BLOCK_BYTES`.
 
     In inference on the CPU only: the block stays in the cache between the passes over it, and the memory does not grow
     with the batch. Elsewhere kernels are launched once.
+
+    TRAP: cached losses compute a batch without gradients, and again with them from the same random state: a dropout
+    has to be drawn in one call of one shape both times, or the gradients are those of other masks.
     """
     if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(hidden_states)
+    if dropout.training and dropout.p:
         return function(hidden_states)
     size = max(1, MLP_BLOCK_BYTES // (width * hidden_states.element_size()))
     blocks = hidden_states.flatten(0, -2).split(size)
@@ -142,7 +149,7 @@ class JinaBertMLP(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _by_blocks_of_tokens(self._forward, hidden_states, self.gated_layers.out_features)
+        return _by_blocks_of_tokens(self._forward, hidden_states, self.gated_layers.out_features, self.dropout)
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         activation = _FUSED_ACTIVATIONS.get(type(self.act))
@@ -165,7 +172,7 @@ class JinaBertPostNormMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _by_blocks_of_tokens(self._forward, hidden_states, self.up_gated_layer.out_features)
+        return _by_blocks_of_tokens(self._forward, hidden_states, self.up_gated_layer.out_features, self.dropout)
 
     def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         activation = _FUSED_ACTIVATIONS.get(type(self.act))
@@ -210,7 +217,7 @@ class JinaBertEncoder(nn.Module):
         self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool = False
     ) -> BaseModelOutput:
         sdpa = self.config._attn_implementation == "sdpa" and not output_attentions
-        if sdpa and sequences.is_flat and applies(hidden_states):
+        if sdpa and sequences.is_flat and applies(hidden_states) and not self._may_drop():
             # Rows behind the last sequence, which attention passes over: few numbers of rows, few shapes of products.
             rows = len(hidden_states)
             filled = nn.functional.pad(hidden_states, (0, 0, 0, on_grid(rows) - rows))
@@ -218,6 +225,13 @@ class JinaBertEncoder(nn.Module):
         else:
             hidden_states = self._layers(hidden_states, sequences, output_attentions)
         return BaseModelOutput(last_hidden_state=hidden_states)
+
+    def _may_drop(self) -> bool:
+        """Whether a dropout may be drawn, whose numbers more rows would shift; see `_by_blocks_of_tokens`."""
+        return self.training or any(
+            layer.attention.self.training or layer.attention.output.dropout.training or layer.mlp.dropout.training
+            for layer in self.layer
+        )
 
     def _layers(self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool) -> torch.Tensor:
         for layer in self.layer:

@@ -220,9 +220,8 @@ class JinaBertModel(EncodeMixin, EncodeChunksMixin, JinaBertPreTrainedModel):
             sparse=self.config.sparse_attention,
         )
         inputs = [sequences.pack(x) if x is not None else None for x in (input_ids, token_type_ids, inputs_embeds)]
-        hidden_states = self._hidden_states(
-            sequences, *inputs, output_attentions=bool(kwargs.get("output_attentions"))
-        )
+        wanted = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
+        hidden_states = self._hidden_states(sequences, *inputs, output_attentions=bool(wanted))
         hidden_states = sequences.unpack(hidden_states)
         pooled = self.pooler(hidden_states) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
