@@ -48,4 +48,4 @@ lint: $(VENV)/.test  ## linters and type checks
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info
+	rm -rf $(VENV) demo_output benchmark_output build *.egg-info

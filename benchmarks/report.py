@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from .results import BenchmarkError, find_record, read_results
+from .workloads import MIX
 
 MIB = 2**20
 DISTURBED = 0.1
@@ -62,10 +63,12 @@ def lengths_of(results: dict[str, Any]) -> list[int | str]:
 
 
 def length_title(results: dict[str, Any], length: int | str) -> str:
-    """Length and batch: "512 x 8"; of the mix its range."""
+    """Length and batch: "512 x 8"; of a mix its range."""
     record = next(record for record in results["records"] if record["length"] == length)
     if isinstance(length, int):
         return f"{length} x {record['batch']}"
+    if length != MIX:
+        return f"{length}: up to {record['longest']} x {record['batch']}"
     mix = results["settings"]["mix"]
     return f"{length}: {min(mix)}-{max(mix)} x {len(mix)}"
 

@@ -101,10 +101,18 @@ def put_record(results: dict[str, Any], record: dict[str, Any]):
     results["records"] = [other for other in results["records"] if other is not same] + [record]
 
 
-def limit_below(results: dict[str, Any], system: str, longest: int) -> str | None:
+def is_settled(results: dict[str, Any], record: dict[str, Any], time_limit_s: float) -> bool:
+    """Whether a record need not be measured again: a limit of time counts only if this run has no larger one."""
+    if record["status"] != "time limit":
+        return record["status"] in FINAL
+    return results["runs"][record["run"]]["time_limit_s"] >= time_limit_s
+
+
+def limit_below(results: dict[str, Any], system: str, longest: int, time_limit_s: float) -> str | None:
     """Why texts of `longest` tokens need not be tried: memory or time ran out on shorter ones. None if not."""
     for record in results["records"]:
         fixed = isinstance(record["length"], int)  # the mix is a large batch and says little of a long text
-        if fixed and record["system"] == system and record["status"] in LIMITS and record["longest"] < longest:
+        limited = record["status"] in LIMITS and is_settled(results, record, time_limit_s)
+        if fixed and record["system"] == system and limited and record["longest"] < longest:
             return f"{record['status']} at {record['length']} tokens"
     return None

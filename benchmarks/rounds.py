@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from .machine import memory_bytes
-from .results import FINAL, LIMITS, find_record, limit_below, put_record
+from .results import LIMITS, find_record, is_settled, limit_below, put_record
 from .systems import System, missing
 from .worker_process import WorkerProcess
 from .workloads import SEED, SHAPES, Workload, operations
@@ -133,7 +133,7 @@ class Benchmark:
 
     def _is_final(self, name: str, workload: Workload) -> bool:
         record = find_record(self.results, name, workload.name)
-        return record is not None and record["status"] in FINAL
+        return record is not None and is_settled(self.results, record, self.plan.time_limit_s)
 
     def _obstacle(self, name: str, workload: Workload) -> tuple[str, str] | None:
         """Status and reason why a system is not tried at a length; None if it is."""
@@ -143,9 +143,10 @@ class Benchmark:
         if max(workload.lengths) > longest:
             return "skipped", f"tried up to {longest} tokens"
         known = find_record(self.results, name, workload.name)
-        if known is not None and known["status"] in LIMITS:  # asked for again as the reference only
+        if known is not None and known["status"] in LIMITS and self._is_final(name, workload):
+            # asked for again as the reference only
             return known["status"], known["message"]
-        reason = limit_below(self.results, name, max(workload.lengths))
+        reason = limit_below(self.results, name, max(workload.lengths), self.plan.time_limit_s)
         return ("skipped", reason) if reason is not None else None
 
     def _measure(self, workload: Workload, due: Sequence[str]):

@@ -24,9 +24,20 @@ from .report import print_report, write_report
 from .results import BenchmarkError, check_machine, check_settings, new_results, read_results, write_results
 from .rounds import Benchmark, Plan
 from .systems import HIDDEN, SYSTEMS, select
-from .workloads import DEFAULT_LENGTHS, INITIALIZER_RANGE, MIX, SEED, SHAPES, VOCABULARY, make_workload, parse_length
+from .workloads import (
+    CORPUS,
+    DEFAULT_LENGTHS,
+    INITIALIZER_RANGE,
+    MIX,
+    SEED,
+    SHAPES,
+    VOCABULARY,
+    make_workload,
+    parse_length,
+)
 
 DEFAULT_REFERENCE = "ours-sdpa-fp32"
+DEFAULTS = " ".join(map(str, DEFAULT_LENGTHS))
 _HERE = Path(__file__).parent
 
 
@@ -38,7 +49,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         epilog=f"Systems: {', '.join(SYSTEMS | HIDDEN)}.",
     )
     parser.add_argument("--shape", choices=list(SHAPES), default="small", help="layers and widths (default: small)")
-    parser.add_argument("--lengths", nargs="+", metavar="LENGTH", help=f"tokens a sequence, or {MIX} (default: all)")
+    parser.add_argument(
+        "--lengths", nargs="+", metavar="LENGTH", help=f"tokens a sequence, {MIX}, {CORPUS} (default: {DEFAULTS})"
+    )
     parser.add_argument("--systems", nargs="+", metavar="SYSTEM", help="names (default: all of the device)")
     parser.add_argument("--reference", help=f"system of the ratios (default: {DEFAULT_REFERENCE}, or the first)")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each system at each length (default: 5)")

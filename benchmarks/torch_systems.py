@@ -14,7 +14,7 @@ from modeling_jina_bert import JinaBertConfig, JinaBertModel, count_scores
 
 from .ceiling import MatrixProducts
 from .dense import DenseJinaBert
-from .workloads import INITIALIZER_RANGE, SEED, VOCABULARY, Shape, make_batch, padded_batches
+from .workloads import INITIALIZER_RANGE, SEED, VOCABULARY, Shape, make_batch, packed_batches, padded_batches
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -70,7 +70,7 @@ class TorchModel:
     def prepare(self, lengths) -> dict[str, Any]:
         """Makes the batches and computes them; nothing is reported."""
         self.batches = []
-        for batch in [lengths] if self.packs else padded_batches(lengths):
+        for batch in (packed_batches if self.packs else padded_batches)(lengths):
             input_ids, attention_mask = (torch.from_numpy(array).to(self.device) for array in make_batch(batch))
             self.batches.append({"input_ids": input_ids, "attention_mask": attention_mask})
         self.call()

@@ -132,7 +132,8 @@ def run(system: System, threads: int) -> dict:
         cwd=system.checkout, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     if process.returncode:
-        raise BenchmarkError(f"{system.name}: {process.stderr.strip().splitlines()[-1]}")
+        said = process.stderr.strip().splitlines() or [f"ended with status {process.returncode}"]
+        raise BenchmarkError(f"{system.name}: {said[-1]}")
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -160,24 +161,32 @@ def main():
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, required=True, help="path without suffix; .json and .md are written")
     arguments = parser.parse_args()
+    if arguments.rounds < 1 or arguments.threads < 1:
+        parser.error("--rounds and --threads are at least 1")
+    arguments.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    command = "python -m benchmarks.training_steps " + " ".join(sys.argv[1:])
+    records: list[dict] = []
+    document = {
+        "command": command, "threads": arguments.threads, "machine": describe_machine(), "records": records,
+    }  # fmt: skip
+    markdown = ""
     try:
         taking_turns = systems(arguments.checkout)
-        records = []
+        reference = taking_turns[-1].name if arguments.checkout else taking_turns[0].name
         for number in range(arguments.rounds):
             for system in taking_turns:
                 for stage, found in run(system, arguments.threads).items():
                     records.append({"system": system.name, "round": number, "stage": stage, **found})
+            write_results(_beside(arguments.output, ".json"), document)  # what is measured stays
+            markdown = f"{(__doc__ or '').splitlines()[0]}\n\n{table(records, reference)}\n\n`{command}`\n"
+            _beside(arguments.output, ".md").write_text(markdown, encoding="utf-8")
     except BenchmarkError as error:
         parser.exit(2, f"error: {error}\n")
-    command = "python -m benchmarks.training_steps " + " ".join(sys.argv[1:])
-    document = {
-        "command": command, "threads": arguments.threads, "machine": describe_machine(), "records": records,
-    }  # fmt: skip
-    write_results(arguments.output.with_suffix(".json"), document)
-    reference = taking_turns[-1].name if arguments.checkout else taking_turns[0].name
-    markdown = f"{(__doc__ or '').splitlines()[0]}\n\n{table(records, reference)}\n\n`{command}`\n"
-    arguments.output.with_suffix(".md").write_text(markdown, encoding="utf-8")
     print(markdown)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What is computed: the shapes of the models, the batches of every length, and the operations they need.
 
 Law: every system sees the same texts, and only real tokens are counted. A system that computes padding gets mixed
-lengths as sentence-transformers would send them: sorted by length, 32 a batch (`padded_batches`).
+lengths as sentence-transformers would send them: sorted by length, 32 a batch (`padded_batches`); ours as `encode`
+computes them (`packed_batches`).
 Needs neither torch nor numpy until a batch is made, so that the command itself stays small.
 """
 
@@ -13,10 +14,13 @@ INITIALIZER_RANGE = 0.05
 """Standard deviation of the random weights. With the usual 0.02 the attention scores are almost constant, and the
 skipping of negligible scores would look better than on trained weights."""
 SEED = 0
-MIX = "mix"
-MIX_SEQUENCES = 64
+MIX, CORPUS = "mix", "corpus"
+MIX_SEQUENCES = {MIX: 64, CORPUS: 512}
+"""Sequences of a call: of a batch or two, and of enough that texts of a batch are of one length nearly."""
 PADDED_BATCH = 32
 """Sequences a batch of systems that compute padding: the default of sentence-transformers' `encode`."""
+PACKED_TOKENS = 16384
+"""Tokens a batch of ours, at most: the default of `JinaBertModel.encode`, which takes 32 sequences, too."""
 MIX_MEDIAN, MIX_SIGMA, MIX_RANGE = 96, 1.1, (8, 2048)
 """Log-normal lengths of the mix, in tokens, and what they are clipped to."""
 DEFAULT_LENGTHS: tuple[int | str, ...] = (32, 128, 512, MIX, 2048, 8192, 32768)
@@ -54,7 +58,7 @@ class Workload:
 
 
 def parse_length(text: str) -> int | str:
-    """A length of the command line: tokens a sequence, or "mix".
+    """A length of the command line: tokens a sequence, or the name of a mix of lengths.
 
     Raises:
         ValueError: Neither.
@@ -63,11 +67,11 @@ def parse_length(text: str) -> int | str:
         >>> parse_length("512"), parse_length("mix")
         (512, 'mix')
     """
-    if text == MIX:
-        return MIX
+    if text in MIX_SEQUENCES:
+        return text
     lowest, highest = LENGTH_RANGE
     if not text.isascii() or not text.isdigit() or not lowest <= int(text) <= highest:
-        raise ValueError(f"unknown length {text!r}: a whole number from {lowest} to {highest}, or {MIX!r}.")
+        raise ValueError(f"unknown length {text!r}: a whole number from {lowest} to {highest}, {MIX!r} or {CORPUS!r}.")
     return int(text)
 
 
@@ -75,7 +79,7 @@ def make_workload(name: int | str, tokens: int) -> Workload:
     """The workload of a length.
 
     Args:
-        name: Tokens a sequence, or "mix": 64 sequences of log-normal lengths, the same in every run.
+        name: Tokens a sequence; or "mix", 64 sequences of log-normal lengths, the same in every run; "corpus", 512.
         tokens: Tokens of a call, about; one sequence at least. The mix has its own number.
 
     Example:
@@ -87,9 +91,24 @@ def make_workload(name: int | str, tokens: int) -> Workload:
     if isinstance(name, int):
         return Workload(name, (name,) * max(1, tokens // name))
     generator = random.Random(SEED)
-    drawn = (MIX_MEDIAN * generator.lognormvariate(0, MIX_SIGMA) for _ in range(MIX_SEQUENCES))
+    drawn = (MIX_MEDIAN * generator.lognormvariate(0, MIX_SIGMA) for _ in range(MIX_SEQUENCES[name]))
     lowest, highest = MIX_RANGE
     return Workload(name, tuple(min(max(round(length), lowest), highest) for length in drawn))
+
+
+def packed_batches(lengths) -> list[tuple[int, ...]]:
+    """The lengths of each batch of a call, for a system that computes no padding.
+
+    Example:
+        >>> [len(batch) for batch in packed_batches([512] * 8 + [8000] * 3)]
+        [2, 9]
+    """
+    from modeling_jina_bert.encoding import token_budget_batches
+
+    if sum(lengths) <= PACKED_TOKENS:
+        return [tuple(lengths)]
+    batches = token_budget_batches(lengths, batch_size=PADDED_BATCH, max_tokens=PACKED_TOKENS)
+    return [tuple(lengths[index] for index in batch) for batch in batches]
 
 
 def padded_batches(lengths) -> list[tuple[int, ...]]:
