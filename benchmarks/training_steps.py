@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from .machine import describe_machine
+from .machine import describe_machine, physical_cores
 from .results import BenchmarkError, write_results
 
 STEPS = 4
@@ -158,7 +158,7 @@ def main():
     parser = argparse.ArgumentParser(prog="benchmarks.training_steps", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkout", action="append", default=[], help="NAME=FOLDER of another one; repeatable")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--output", type=Path, required=True, help="path without suffix; .json and .md are written")
     arguments = parser.parse_args()
     if arguments.rounds < 1 or arguments.threads < 1:

@@ -2,7 +2,7 @@
 
 Law: every system sees the same texts, and only real tokens are counted. A system that computes padding gets mixed
 lengths as sentence-transformers would send them: sorted by length, 32 a batch (`padded_batches`); ours as `encode`
-computes them (`packed_batches`).
+computes them, but what it would do in a batch or two is one (`packed_batches`).
 Needs neither torch nor numpy until a batch is made, so that the command itself stays small.
 """
 

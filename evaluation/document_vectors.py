@@ -21,7 +21,7 @@ import numpy as np
 from modeling_jina_bert import JinaBertModel, count_truncations
 
 from .late_chunking import Document, cut
-from .loading import Placement, check_finite, load_jina_bert, placed, weights_sha256
+from .loading import Placement, check_finite, load_jina_bert, pipeline_sha256, placed, weights_sha256
 from .sets import EvaluationError
 from .systems import EmbeddingModel, load_system
 
@@ -91,6 +91,7 @@ class JinaReader:
         self.settings = {
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights_sha256": weights_sha256(model),
+            "pipeline_sha256": pipeline_sha256(model),
             "limit": self.limit,
         }
         self.placed = placed(model)
@@ -126,7 +127,8 @@ class SentenceReader:
         self.name, self.model, self.system = system.name, system.model, system
         self.limit: int | None = system.model.max_seq_length
         settings = system.settings
-        self.settings = {name: settings[name] for name in ("dtype", "weights_sha256")} | {"limit": self.limit}
+        own = ("dtype", "weights_sha256", "pipeline_sha256")
+        self.settings = {name: settings[name] for name in own} | {"limit": self.limit}
         self.placed = system.placed
 
     @property

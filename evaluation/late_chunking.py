@@ -31,7 +31,7 @@ import numpy as np
 from modeling_jina_bert import JinaBertModel, sentence_spans
 
 from .command_line import add_placement, ending, placement_of
-from .loading import check_finite, load_jina_bert, placed, weights_sha256
+from .loading import check_finite, load_jina_bert, pipeline_sha256, placed, weights_sha256
 from .metrics import CUTOFF
 from .records import read_records, versions, write_records
 from .rows import read_rows, stored
@@ -286,7 +286,8 @@ def evaluate(
         source: Name of the model and command line, for the records.
     """
     records = read_records(output)
-    of_model = {"dtype": str(model.dtype).removeprefix("torch."), "weights_sha256": weights_sha256(model)}
+    hashes = {"weights_sha256": weights_sha256(model), "pipeline_sha256": pipeline_sha256(model)}
+    of_model = {"dtype": str(model.dtype).removeprefix("torch."), **hashes}
     provenance = {"versions": versions(), "command": source["command"]}
     results = []
     for name, (dataset, documents) in datasets.items():

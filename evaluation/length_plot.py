@@ -4,6 +4,7 @@ Law: everything here is computed from the counts per document in the records; th
 length, so that a ratio of two lengths is a paired comparison.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from .records import of_last_weights
+
+TRAINED_LENGTH = 512
+"""Tokens; the reference of a command that names no other."""
 RESAMPLES = 10_000
 LEVEL = 0.95  # of the intervals
 _SEED = 0
@@ -89,6 +94,22 @@ def _reference(record: dict[str, Any], records: Sequence[dict[str, Any]], length
             if (other["model"], other["positions"], other["length"]) == (record["model"], positions, length):
                 return other
     raise ValueError(f"no record of {record['model']} at {length} tokens.")
+
+
+def one_run(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that were asked the same as the last one, of the last weights of each model."""
+
+    def asked(record: dict[str, Any]) -> tuple:
+        settings = [record["settings"][name] for name in ("data_sha256", "seed", "mlm_probability", "tokens")]
+        return (*settings, len(record["documents"]))
+
+    return of_last_weights([record for record in records if asked(record) == asked(records[-1])])
+
+
+def trained_length(records: Sequence[dict[str, Any]]) -> int:
+    """Tokens of the length that the last record's command compares with."""
+    found = re.search(r"--trained-length[ =](\d+)", records[-1].get("command", ""))
+    return int(found[1]) if found else TRAINED_LENGTH
 
 
 def points(records: Sequence[dict[str, Any]], trained_length: int) -> list[Point]:

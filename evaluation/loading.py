@@ -212,6 +212,46 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+_DECIDING = (
+    "num_attention_heads",
+    "layer_norm_eps",
+    "hidden_act",
+    "feed_forward_type",
+    "qk_post_norm",
+    "position_embedding_type",
+)
+"""Fields of a configuration that change a vector and that no tensor shows."""
+
+
+def _without_limit(config: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    """The entries of a module's configuration but its limit, which is told by itself."""
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    kept = {key: value for key, value in config.items() if key != "max_seq_length"}
+    return [(key, value if isinstance(value, plain) else type(value).__name__) for key, value in kept.items()]
+
+
+def pipeline_sha256(model: JinaBertModel | SentenceTransformer) -> str:
+    """A hash of what beside weights, dtype and limit decides a vector: tokenizer, modules, prompts, configuration.
+
+    Take it as soon as the model is loaded: calls change what a tokenizer says about itself.
+    """
+    modules, prompts = [], []
+    if isinstance(model, SentenceTransformer):
+        parts = [part for module in model for part in module.modules() if hasattr(part, "get_config_dict")]
+        described = ((type(part).__name__, part.get_config_dict()) for part in parts)
+        modules = [(name, sorted(map(repr, _without_limit(of)))) for name, of in described]
+        prompts = [sorted((name, text) for name, text in model.prompts.items() if text), model.default_prompt_name]
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    tokenizer = model.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:
+        tokenizer |= {"truncation": None, "padding": None}  # set by every call
+    config = {name: getattr(_config(model), name, None) for name in _DECIDING}
+    content = json.dumps(
+        [modules, prompts, tokenizer, config], sort_keys=True, default=lambda value: type(value).__name__
+    )
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def check_finite(vectors: np.ndarray, texts: Sequence[str], model: str):
     """Refuses vectors that would only lower a score.
 

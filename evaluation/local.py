@@ -5,7 +5,7 @@
 For embedding models and BM25; `evaluation.sets` says what DATA holds, `evaluation.compare` sets results side by side.
 
 Laws: everything wrong with names and files is reported before the first text is embedded; a score already in the
-output, of the same texts, model, weights and settings, is not computed again; every score comes with its interval and,
+output, of the same texts, model and settings, is not computed again; every score comes with its interval and,
 beside the JSON in a .npz file, what it was computed from, item by item.
 COST: all sets and models of a run are held in memory.
 """

@@ -11,7 +11,7 @@ from typing import Any
 
 from .length_plot import COLOURS, MARKERS, matplotlib_figure
 from .metrics import MEASURES, TASK_MEASURES
-from .records import Samples
+from .records import Samples, model_of
 from .significance import Difference, differences
 
 SHORT = 512  # tokens of the models that a long one is compared with
@@ -86,10 +86,10 @@ def grouped(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def by_model(records: Sequence[Record]) -> list[list[Record]]:
-    """The records of each model and its weights."""
-    groups: dict[tuple[str, str], list[Record]] = {}
+    """The records of each model, of other weights or another pipeline apart."""
+    groups: dict[tuple, list[Record]] = {}
     for record in records:
-        groups.setdefault((record["model"], record["settings"]["weights_sha256"]), []).append(record)
+        groups.setdefault((record["model"], *model_of(record)), []).append(record)
     return list(groups.values())
 
 

@@ -30,7 +30,16 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_jina_bert.masking import CORRUPTION, WordPieces
 
-from .length_plot import SHUFFLED, caption, markdown, matplotlib_figure, points, table_rows, write_plot
+from .length_plot import (
+    SHUFFLED,
+    TRAINED_LENGTH,
+    caption,
+    markdown,
+    matplotlib_figure,
+    points,
+    table_rows,
+    write_plot,
+)
 from .loading import weights_sha256
 from .mlm_models import MaskedLM, Score, load_masked_lm, score_text
 from .mlm_texts import SPECIAL_TOKENS, MaskedText, context_free_scores, fingerprint, masked_texts, shuffled
@@ -190,7 +199,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--mlm-probability", type=float, default=0.3, help="share of the words (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of the masks (%(default)s)")
-    parser.add_argument("--trained-length", type=int, default=512, help="tokens; the reference length (%(default)s)")
+    parser.add_argument(
+        "--trained-length", type=int, default=TRAINED_LENGTH, help="tokens; the reference length (%(default)s)"
+    )
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",

@@ -27,7 +27,7 @@ SPECIAL_TOKENS = 2  # [CLS] and [SEP] of every window
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What masking and cutting have to know of a WordPiece tokenizer.
+    """What masking and cutting have to know of a tokenizer.
 
     Attributes:
         pieces: Which pieces continue a word, which are never masked.

@@ -209,14 +209,24 @@ def _key(reader: Reader, plan: Plan, way: Way, *, length: int, depth: float | No
     return {"model": reader.name, "set": "needle", "settings": settings}
 
 
+_OF_A_READER = ("kind", "tokens", "length", "depth", "dtype", "weights_sha256", "pipeline_sha256", "limit")
+
+
+def _source_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What was read and asked, without by whom and where."""
+    return {name: value for name, value in record["settings"].items() if name not in _OF_A_READER}
+
+
 Rows = dict[tuple[str, str], dict[tuple[int, float | None], dict[str, Any]]]
 
 
 def rows_of(records: Sequence[dict[str, Any]]) -> Rows:
-    """(Model, way) -> (length, depth) -> record; the last where a cell was scored with other needles, too."""
+    """(Model, way) -> (length, depth) -> record, of the needles and haystacks of the last record."""
     rows: Rows = {}
     for record in of_last_weights(records):
         settings = record["settings"]
+        if _source_of(record) != _source_of(records[-1]):  # others have another chance, and cannot be paired
+            continue
         if settings["kind"] == "whole":
             way = "whole" if settings["tokens"] == settings["length"] else f"first {settings['tokens']}"
         else:

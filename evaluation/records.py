@@ -73,13 +73,15 @@ def read_records(path: Path, fields: Collection[str] = FIELDS) -> list[dict[str,
 
 
 def of_last_weights(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records without those of weights that a model of the same name had before, as the last record tells."""
-    last = {record["model"]: _weights(record) for record in records}
-    return [record for record in records if _weights(record) == last[record["model"]]]
+    """The records without those of what a model of the same name was before, as the last record tells."""
+    last = {record["model"]: model_of(record) for record in records}
+    return [record for record in records if model_of(record) == last[record["model"]]]
 
 
-def _weights(record: dict[str, Any]) -> str | None:
-    return record.get("settings", {}).get("weights_sha256")
+def model_of(record: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The hashes of weights and pipeline; None for what a record does not say."""
+    settings = record.get("settings", {})
+    return settings.get("weights_sha256"), settings.get("pipeline_sha256")
 
 
 def write_records(path: Path, records: list[dict[str, Any]]):

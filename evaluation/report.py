@@ -35,7 +35,6 @@ PAGE = Path(__file__).parent / "templates" / "report.html"
 _ENVIRONMENT = (
     "model", "weights", "python", "torch", "transformers", "sentence-transformers", "processor", "cores", "threads",
 )  # fmt: skip
-TRAINED_LENGTH = 512  # tokens; the reference of the figure of accuracy by length
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _local_table(files: list[Path]) -> str:
 
 
 def _late_chunking(files: list[Path]) -> Rendered:
-    return Rendered("\n".join(late_chunking.markdown(read_records(file)) for file in files), {})
+    return Rendered("\n".join(late_chunking.markdown(of_last_weights(read_records(file))) for file in files), {})
 
 
 def _long(files: list[Path]) -> Rendered:
@@ -129,11 +128,12 @@ def _masked_words(files: list[Path]) -> Rendered:
     """Each file has documents of its own, and so a table and a figure of its own."""
     pieces, figures = [], {}
     for file in files:
-        records = read_records(file, ())
+        records = length_plot.one_run(read_records(file, ()))
+        trained = length_plot.trained_length(records)
         command = "; ".join(dict.fromkeys(record["command"] for record in records if "command" in record))
-        pieces.append(length_plot.markdown(records, TRAINED_LENGTH, command=command))
+        pieces.append(length_plot.markdown(records, trained, command=command))
         name = "Accuracy and loss by length" + (f" {file.stem}" if len(files) > 1 else "")
-        figures[name] = _png(functools.partial(length_plot.write_plot, records=records, trained_length=TRAINED_LENGTH))
+        figures[name] = _png(functools.partial(length_plot.write_plot, records=records, trained_length=trained))
     return Rendered("\n\n".join(pieces), figures)
 
 
@@ -194,7 +194,7 @@ SECTIONS = (
     ),
     Section(
         "Masked words by length",
-        "Trained at 512 tokens, is a masked word predicted as well at 8,192, and what do absolute positions do there?",
+        "Is a masked word predicted as well in 8,192 tokens as at the trained length, and by absolute positions?",
         ("mlm-length*.json",),
         "python -m evaluation.mlm --model JinaBERT=FOLDER --model BERT=FOLDER --data BOOKS.jsonl.zst "
         "--output evaluation/results/mlm-length.json",
@@ -285,7 +285,9 @@ def rendered(section: Section, results: Path) -> Rendered:
         return Rendered(f"Not measured. `{results / section.files[0]}` is written by\n\n    {section.command}\n", {})
     try:
         return section.render(files)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except EvaluationError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         names = ", ".join(map(str, files))
         raise EvaluationError(
             f"{names}: not the results of this version ({type(error).__name__}: {error})."

@@ -72,6 +72,11 @@ def agreement(
     }
 
 
+def _limit(model: JinaBertModel) -> int:
+    """Tokens that `encode` cuts a text at."""
+    return min(model.tokenizer.model_max_length, model.config.model_max_length)
+
+
 def padded(model: JinaBertModel, texts: list[str]) -> np.ndarray:
     """Embeddings out of the model itself, its batches `PADDING` tokens longer than they need be.
 
@@ -79,7 +84,7 @@ def padded(model: JinaBertModel, texts: list[str]) -> np.ndarray:
         `(texts, hidden) float32`, means over the real tokens.
     """
     found = []
-    limit = model.tokenizer.model_max_length - PADDING
+    limit = _limit(model)
     for start in range(0, len(texts), BATCH):
         batch = model.tokenizer(texts[start : start + BATCH], padding=True, truncation=True, max_length=limit)
         length = len(batch["input_ids"][0]) + PADDING
@@ -111,7 +116,7 @@ def onnx_vectors(path: Path, model: JinaBertModel) -> Vectors:
     def embed(texts: list[str]) -> np.ndarray:
         found = []
         for text in texts:
-            batch = model.tokenizer([text], truncation=True, return_tensors="np")
+            batch = model.tokenizer([text], truncation=True, max_length=_limit(model), return_tensors="np")
             inputs = {name: batch[name].astype(np.int64) for name in names}
             found.append(session.run(None, inputs)[0][0].mean(axis=0))
         return np.stack(found).astype(np.float32)

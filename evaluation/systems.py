@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .loading import Placement, check_finite, load_sentence_transformer, placed, weights_sha256
+from .loading import Placement, check_finite, load_sentence_transformer, pipeline_sha256, placed, weights_sha256
 from .set_types import EvaluationError
 
 try:
@@ -184,6 +184,7 @@ class EmbeddingModel:
 
     def __init__(self, name: str, model: SentenceTransformer, *, max_length: int | None = None):
         self.name, self.model = name, model
+        self._pipeline_sha256 = pipeline_sha256(model)
         self._known: dict[tuple[str, int | None, str], tuple[np.ndarray, int]] = {}
         """(Way of encoding, limit in tokens, text) -> vector, untruncated length in tokens."""
         if max_length is not None:
@@ -191,7 +192,7 @@ class EmbeddingModel:
 
     @property
     def settings(self) -> dict[str, object]:
-        """Limit in tokens, dtype, size, and a hash of the weights, by which a retrained model is scored anew."""
+        """Limit in tokens, dtype, size, and hashes of weights and pipeline, by which another model is scored anew."""
         return {
             "kind": "embedding",
             "similarity": "cosine",
@@ -199,6 +200,7 @@ class EmbeddingModel:
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "dimensions": self.model.get_embedding_dimension(),
             "weights_sha256": weights_sha256(self.model),
+            "pipeline_sha256": self._pipeline_sha256,
         }
 
     @property

@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.source, arguments.output, target=arguments.to, dtype=arguments.dtype,
             keep_head=arguments.keep_head, revision=arguments.revision,
         )  # fmt: skip
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(report.lines()))

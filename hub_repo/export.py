@@ -164,7 +164,7 @@ def export_formats(
             places[stack.enter_context(staged(formats.tei))] = formats.tei
         written = [
             Written(places[root] / path.relative_to(root), _size(path), agreement)
-            for root, path, agreement in _write_formats(model, list(places), output, dtype, formats)
+            for root, path, agreement in _write_formats(model, list(places), output, dtype, formats, kept)
         ]
     return written
 
@@ -217,7 +217,7 @@ def _verify(model: JinaBertModel, folder: Path, output: Path, dtype: str):
 
 
 def _write_formats(
-    model: JinaBertModel, roots: Sequence[Path], output: Path, dtype: str, formats: Formats
+    model: JinaBertModel, roots: Sequence[Path], output: Path, dtype: str, formats: Formats, kept: CarriedSettings
 ) -> Iterator[tuple[Path, Path, Agreement]]:
     """Writes and checks each format; yields the folder it is in, the file and how far its engine is off."""
     stage = roots[0]
@@ -237,7 +237,7 @@ def _write_formats(
         gguf_export.write_gguf(model, stage, path, dtype=kind)
         yield stage, path, gguf_export.check_gguf(path, model, kind)
     if formats.tei is not None:
-        tei.write_tei(model, stage, roots[1], dtype=dtype)
+        tei.write_tei(model, stage, roots[1], dtype=dtype, kept=kept)
         yield roots[1], roots[1] / WEIGHTS, tei.check_tei(roots[1], model, dtype)
 
 

@@ -26,7 +26,6 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from .folders.loading import quiet_transformers
-from .folders.staging import WEIGHTS_OF_A_FOLDER
 from .hub.publishable import Limits, LocalFile, UnpublishableFolder, scan
 from .hub.remote import MAIN, Published, PushError, Remote, Repository, Retries
 from .model_card import check_card
@@ -197,11 +196,15 @@ def compare(files: dict[str, LocalFile], remote: dict[str, RepoFile], *, prune: 
     return tuple(changes)
 
 
+_WEIGHTS = ("*.safetensors", "*.safetensors.index*.json", "*.gguf", "onnx/*", "openvino/*")
+"""Files that hold weights for one engine or another."""
+
+
 def stale_weights(changes: Sequence[FileChange]) -> list[str]:
     """Files of weights that stay on the Hub beside new ones: another engine would go on with the old model."""
 
     def is_weights(path: str) -> bool:
-        return any(fnmatch(path, pattern) for pattern in WEIGHTS_OF_A_FOLDER)
+        return any(fnmatch(path, pattern) for pattern in _WEIGHTS)
 
     if not any(change.change in ("new", "changed") and is_weights(change.path) for change in changes):
         return []
@@ -363,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers()
     try:
         result = push(**options)
-    except (ValueError, PushError) as error:  # UnpublishableFolder is a ValueError
+    except (ValueError, OSError, ImportError, PushError) as error:  # UnpublishableFolder is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(describe(result))

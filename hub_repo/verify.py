@@ -103,8 +103,13 @@ def _pickle_findings(folder: Path) -> Iterator[Finding]:
 def _weight_findings(folder: Path) -> tuple[JinaBertConfig | None, list[Finding]]:
     """Header, configuration and every number of the weights."""
     findings: list[Finding] = []
-    if any((folder / name).exists() for name in files.PICKLES):
+    pickled = [name for name in files.PICKLES if (folder / name).exists()]
+    if files.PICKLES[0] in pickled:
         return None, findings  # an error already; nothing of it is read
+    if pickled:
+        findings.append(Finding("error", pickled[0], "lists files that are pickles: delete it"))
+        if not any((folder / name).exists() for name in (files.WEIGHTS, files.INDEX)):
+            return None, findings
     try:
         stored = files.stored_tensors(folder)
         config = read_config(folder, set(stored))
@@ -151,13 +156,17 @@ def _loading_findings(folder: Path, code: list[CodeFile], *, trust: bool) -> lis
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: prints the findings; 1 if there is an error."""
+    """Entry point: prints the findings; 1 if there is an error, 2 if it cannot be checked."""
     parser = argparse.ArgumentParser(prog="hub_repo.verify", description="Check a model folder.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--trust", action="store_true", help="run the folder's code although it is not the package's")
     arguments = parser.parse_args(argv)
     quiet_transformers()
-    report = verify_folder(arguments.folder, trust=arguments.trust)
+    try:
+        report = verify_folder(arguments.folder, trust=arguments.trust)
+    except (OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for finding in report.findings:
         print(finding)
     errors = f"{len(report.errors)} error{'s' * (len(report.errors) != 1)}"

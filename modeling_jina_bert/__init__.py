@@ -47,7 +47,7 @@ for _auto_class, _model_class in _AUTO_CLASSES.items():
     # save_pretrained then writes the code beside the weights.
     _model_class.register_for_auto_class(_auto_class.__name__)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Chunk",
     "JinaBertConfig",

@@ -149,10 +149,10 @@ def _one_by_one(query, key, value, sequences, **options):
     sizes = sequences.cu_seqlens.diff().tolist()
     contexts = []
     for rows in zip(*(x.split(sizes) for x in (query, key, value)), strict=True):
-        sequence = [x.transpose(0, 1).unsqueeze(0) for x in rows]
-        hankel = alibi_hankel(sequences.slopes, len(rows[0]))
-        contexts.append(_blockwise(*sequence, hankel, **options).squeeze(0).transpose(0, 1))
-    return torch.cat(contexts)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in rows)
+        hankel = alibi_hankel(sequences.slopes, query.shape[2])
+        contexts.append(_blockwise(query, key, value, hankel, **options).squeeze(0).transpose(0, 1))
+    return torch.cat(contexts) if contexts else torch.zeros_like(query)
 
 
 def _row_by_row(query, key, value, sequences, **options):

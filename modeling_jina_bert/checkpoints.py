@@ -73,18 +73,23 @@ def checkpoint_tensors(model_name_or_path: str | os.PathLike, **hub_arguments: A
         if variant:  # model.safetensors -> model.fp16.safetensors, model.safetensors.index.fp16.json
             stem, extension = name.rsplit(".", 1)
             name = f"{stem}.{variant}.{extension}"
-        path = cached_file(
-            model_name_or_path,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub_arguments,
-        )
+        path = _optional_file(model_name_or_path, name, hub_arguments)
         if path is None:
             continue
         return _shards(model_name_or_path, path, hub_arguments) if ".index." in name else read_header(path)
     return None
+
+
+def _optional_file(name_or_path, name: str, hub_arguments: dict[str, Any]) -> str | None:
+    """The path of a file of a folder or repository; None if it has none."""
+    return cached_file(
+        name_or_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub_arguments,
+    )
 
 
 def checkpoint_tensor_names(model_name_or_path: str | os.PathLike, **hub_arguments: Any) -> set[str] | None:
@@ -222,6 +227,8 @@ class PublishedCheckpointMixin(_PreTrainedModel):
             hub_arguments = {name: kwargs[name] for name in (*_HUB_ARGUMENTS, "variant") if name in kwargs}
             stored = checkpoint_tensors(pretrained_model_name_or_path, **hub_arguments)
         if stored is None:
+            if not cls._has_pooler(_names_under_adapter(pretrained_model_name_or_path, kwargs)):
+                kwargs.setdefault("add_pooling_layer", False)
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
         # NOTE: not isinstance of our class: as remote code, AutoConfig may hold another copy of it.
@@ -307,6 +314,17 @@ class PublishedCheckpointMixin(_PreTrainedModel):
     def _has_pooler(cls, names: set[str]) -> bool:
         """Whether the model gets a pooler; only the bare encoder can do without one."""
         return True
+
+
+def _names_under_adapter(name_or_path, kwargs: dict[str, Any]) -> set[str]:
+    """The tensors of the model that an adapter is of; those of a model with a pooler where there is no adapter."""
+    file = None
+    if name_or_path is not None and kwargs.get("gguf_file") is None:
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        file = _optional_file(name_or_path, "adapter_config.json", hub_arguments)
+    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path") if file else None
+    stored = checkpoint_tensors(base) if base else None
+    return set(stored) if stored is not None else {"pooler.dense.weight"}
 
 
 def _commit(name_or_path, hub_arguments: dict[str, Any]) -> str | None:

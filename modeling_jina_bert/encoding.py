@@ -276,6 +276,9 @@ class EncodeMixin(_PreTrainedModel):
     def _max_length(self, max_length: int | None) -> int:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} is less than one token.")
+        special = getattr(self._needed_tokenizer(), "num_special_tokens_to_add", int)()
+        if max_length is not None and max_length < special:
+            raise ValueError(f"max_length={max_length} is less than the {special} special tokens of a text.")
         # Tokenizers without a stated limit carry a huge placeholder, the published ones 2**31 - 1.
         return max_length or min(self._needed_tokenizer().model_max_length, max(self.config.model_max_length, 1))
 
@@ -334,10 +337,14 @@ class EncodeMixin(_PreTrainedModel):
         with evaluation_mode(self), progress_bar:
             for window in _one_ahead(tokenize, _windows(sentences)):
                 cut_texts, cut_tokens = cut_texts + window.cut_texts, cut_tokens + window.cut_tokens
-                found = self._encode_window(
-                    window, output_value, batch_size=batch_size, max_tokens=max_tokens, progress_bar=progress_bar
+                results += self._encode_window(
+                    window,
+                    output_value,
+                    to_cpu,
+                    batch_size=batch_size,
+                    max_tokens=max_tokens,
+                    progress_bar=progress_bar,
                 )
-                results += (x.cpu() for x in found) if to_cpu else found
         counts = _truncations.get()
         for count in counts:
             count.texts, count.tokens = count.texts + cut_texts, count.tokens + cut_tokens
@@ -350,22 +357,33 @@ class EncodeMixin(_PreTrainedModel):
         return results
 
     def _encode_window(
-        self, window: "_Window", output_value: str, *, batch_size: int, max_tokens: int, progress_bar: tqdm
+        self,
+        window: "_Window",
+        output_value: str,
+        to_cpu: bool,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        progress_bar: tqdm,
     ) -> list[torch.Tensor]:
         """Results in the order of the texts, which are computed from the longest to the shortest."""
         results: list[torch.Tensor] = [torch.empty(0)] * len(window.lengths)
         for batch in token_budget_batches(window.lengths, batch_size=batch_size, max_tokens=max_tokens):
-            for index, result in zip(batch, self._encode_batch(window, batch, output_value), strict=True):
+            found = self._encode_batch(window, batch, output_value, to_cpu)
+            for index, result in zip(batch, found, strict=True):
                 results[index] = result
             progress_bar.update(len(batch))
         return results
 
-    def _encode_batch(self, window: "_Window", batch: list[int], output_value: str) -> list[torch.Tensor]:
+    def _encode_batch(
+        self, window: "_Window", batch: list[int], output_value: str, to_cpu: bool
+    ) -> list[torch.Tensor]:
         """Results of one batch, which is packed from the start: no padding is ever made."""
         lengths = [window.lengths[index] for index in batch]
         if not min(lengths):  # no token at all, as of an empty text without special tokens
-            return [self._encode_batch(window, [i], output_value)[0] if n else self._nothing(output_value)
-                    for i, n in zip(batch, lengths, strict=True)]  # fmt: skip
+            results = [self._encode_batch(window, [i], output_value, to_cpu)[0] if n else self._nothing(output_value)
+                       for i, n in zip(batch, lengths, strict=True)]  # fmt: skip
+            return [result.cpu() for result in results] if to_cpu else results
         device = self._input_device
         sequences = Sequences.of_lengths(
             self.slopes, lengths, dtype=self.dtype, device=device, sparse=self.config.sparse_attention
@@ -375,8 +393,11 @@ class EncodeMixin(_PreTrainedModel):
             for name in ("input_ids", "token_type_ids")
             if name in window.columns
         }
-        hidden_states = self._hidden_states(sequences, **inputs).float().split(lengths)
-        return list(hidden_states) if output_value == "token_embeddings" else [x.mean(dim=0) for x in hidden_states]
+        hidden_states = self._hidden_states(sequences, **inputs).float()
+        if output_value == "token_embeddings":
+            return list((hidden_states.cpu() if to_cpu else hidden_states).split(lengths))
+        embeddings = torch.stack([x.mean(dim=0) for x in hidden_states.split(lengths)])
+        return list(embeddings.cpu() if to_cpu else embeddings)
 
     def _stack(self, results: list[torch.Tensor], *, truncate_dim: int | None, normalize: bool) -> torch.Tensor:
         """`(texts, hidden or truncate_dim) float32`; a shortened embedding is normalised as what it is."""

@@ -5,6 +5,7 @@ of `Sequences`: hidden states `(tokens, hidden)`, or `(batch, length, hidden)` w
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,8 +116,13 @@ _FUSED_ACTIVATIONS = {type(ACT2FN[name]): name for name in ("gelu", "relu")}
 """Class of the activation -> its name in oneDNN; of another one in its place the MLP is computed layer by layer."""
 
 
+def _draws(dropout: nn.Module) -> bool:
+    """Whether a dropout, or what stands in its place, draws numbers."""
+    return dropout.training and bool(getattr(dropout, "p", 0))
+
+
 def _by_blocks_of_tokens(
-    function: Callable, hidden_states: torch.Tensor, width: int, dropout: nn.Dropout
+    function: Callable, hidden_states: torch.Tensor, width: int, dropout: nn.Module
 ) -> torch.Tensor:
     """Applies a token-wise function to blocks whose `(tokens, width)` intermediate has `MLP_BLOCK_BYTES`.
 
@@ -128,7 +134,7 @@ def _by_blocks_of_tokens(
     """
     if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(hidden_states)
-    if dropout.training and dropout.p:
+    if _draws(dropout):
         return function(hidden_states)
     size = max(1, MLP_BLOCK_BYTES // (width * hidden_states.element_size()))
     blocks = hidden_states.flatten(0, -2).split(size)
@@ -228,9 +234,13 @@ class JinaBertEncoder(nn.Module):
 
     def _may_drop(self) -> bool:
         """Whether a dropout may be drawn, whose numbers more rows would shift; see `_by_blocks_of_tokens`."""
-        return self.training or any(
-            layer.attention.self.training or layer.attention.output.dropout.training or layer.mlp.dropout.training
-            for layer in self.layer
+        of_attention = bool(self.config.attention_probs_dropout_prob)
+        layers: Any = self.layer
+        return any(
+            (of_attention and layer.attention.self.training)
+            or _draws(layer.attention.output.dropout)
+            or _draws(layer.mlp.dropout)
+            for layer in layers
         )
 
     def _layers(self, hidden_states: torch.Tensor, sequences: Sequences, output_attentions: bool) -> torch.Tensor:

@@ -132,10 +132,13 @@ def _window_bound(query, key, slopes, scaling, block, dtype, documents) -> torch
 
 def _eps(query: torch.Tensor) -> float:
     """Relative rounding of a product of these."""
-    eps = torch.finfo(query.dtype).eps
-    if query.device.type == "cuda" and query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return 2**-10
-    return eps
+    if query.device.type != "cuda" or query.dtype != torch.float32:
+        return torch.finfo(query.dtype).eps
+    try:
+        allowed = torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # it was set in torch's newer way, which the older one refuses to tell
+        allowed = True
+    return 2**-10 if allowed else torch.finfo(query.dtype).eps
 
 
 def least_window(slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -175,7 +175,9 @@ def results():
             "shape": shape, "device": "cpu", "threads": 1, "rounds": 2, "reference": "ours-sdpa-fp32",
             "initializer_range": 0.05, "mix": [10, 90],
         },
-        "runs": [{"command": "run | me", "started": "now", "peak_tflops": None, "machine": MACHINE}],
+        "runs": [
+            {"command": "run | me", "started": "now", "time_limit_s": 60, "peak_tflops": None, "machine": MACHINE}
+        ],
         "systems": {
             "ours-sdpa-fp32": {"kind": "ours", "dtype": "fp32", **listed, "loading": {"loaded_bytes": 5 * 2**20}},
             "other": {"kind": "dense", "dtype": "fp32", **listed},

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import SHIPPED, tiny_config
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertModel
 
@@ -148,6 +149,22 @@ def test_modules_of_a_users_own_class_are_new(golden, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 tensors of the model: regressor\.bias"):
         Regressor.from_pretrained(tmp_path)
+
+
+def test_an_adapter_brings_no_pooler_that_its_base_has_not(golden, tmp_path):
+    """A pooler would have random weights."""
+    plain = JinaBertModel.from_pretrained(golden.folder)
+    plain.pooler = None
+    plain.save_pretrained(tmp_path / "base")
+    model = JinaBertModel.from_pretrained(tmp_path / "base")
+    assert model.pooler is None
+    model.add_adapter(LoraConfig(target_modules=["query"]))
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**adapter, "base_model_name_or_path": str(tmp_path / "base")})
+    )
+    assert JinaBertModel.from_pretrained(tmp_path / "adapter").pooler is None
 
 
 def test_the_layout_of_quantised_tensors():
@@ -322,10 +339,12 @@ def test_registered_by_import(golden, tmp_path):
         ({"feed_forward_type": "original"}, "feed_forward_type"),
         ({"position_embedding_type": "absolute"}, "position_embedding_type"),
         ({"num_hidden_layers": "four"}, "num_hidden_layers"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 is less than 1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1 is less than 1"),
     ],
 )
 def test_impossible_configurations_are_refused(changes, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         JinaBertConfig(**changes)
 
 

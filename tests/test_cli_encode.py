@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 
@@ -374,6 +375,25 @@ def test_a_closed_pipe_ends_the_command_quietly(tmp_path):
     process.stdout.close()
     stderr = process.stderr.read()
     assert (process.wait(), stderr) == (141, "")
+
+
+def test_a_pipe_in_place_of_a_file(tmp_path):
+    """Of more texts than a part: it has no place to tell of."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    writer = threading.Thread(target=write, args=(tmp_path / "pipe.txt", [f"text {i}" for i in range(70)]))
+    writer.start()
+    succeed("encode", "pipe.txt", "-o", "x.npy", "--part-rows", "32")
+    writer.join()
+    assert np.load(tmp_path / "x.npy").shape[0] == 70
+
+
+def test_data_on_the_standard_output_are_utf_8_whatever_the_locale_is(tmp_path):
+    write(tmp_path / "a.txt", ["Caf\u00e9 \u6f22"])
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "hub_repo.cli", "encode", "a.txt", "--keep-text"]
+    process = subprocess.run(command, env=environment, capture_output=True)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout.decode("utf-8"))["text"] == "Caf\u00e9 \u6f22"
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):

@@ -226,7 +226,8 @@ def test_batches_have_one_source_and_no_text_twice():
         counts[drawn.source] += 1
     for name, share in {"a": 45 / 145, "b": 40 / 145, "c": 60 / 145}.items():  # size times weight
         assert counts[name] == pytest.approx(1000 * share, abs=4 * math.sqrt(1000 * share * (1 - share)))
-    assert batches.per_epoch == round(145 / 8)
+    heavier = SourceBatches(SOURCES, dict.fromkeys(SOURCES, 7.0), size=8, seed=3)
+    assert batches.per_epoch == heavier.per_epoch == 160 // 8  # weights do not change how long an epoch is
 
 
 def test_negatives_may_be_shared_but_are_no_other_rows_anchor_or_positive():
@@ -302,6 +303,15 @@ def test_what_was_fetched_ahead_is_not_taken_for_trained_on():
     resumed = ProcessBatches(source_batches(place=place), offsets, reader=reader, per_epoch=per_epoch, total=25)
     assert list(resumed) == epoch[4:]
     assert [len(list(resumed)), len(list(resumed)), len(list(resumed))] == [10, 5, 0]  # epochs stay where they were
+
+
+def test_batches_are_counted_in_the_steps_of_this_run():
+    """Four steps of two batches are four batches of a run whose steps have one."""
+    place = [drawn.place for drawn in itertools.islice(source_batches(), 8)][-1]
+    options = {"reader": Reader(0, 1), "per_epoch": 10, "total": 20, "counted": 4}
+    sampler = ProcessBatches(source_batches(place=place), {"a": 0, "b": 90, "c": 130}, **options)
+    assert [len(list(sampler)) for _ in range(3)] == [6, 10, 0]
+    assert sampler.taken(9).place["batches"] == 9
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -25,6 +25,7 @@ from contrastive_runs import (  # noqa: F401  pytest finds the fixture by name
     weights,
 )
 from huggingface_hub import ModelCard
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 from hub_repo.model_card import check_card
 from modeling_jina_bert import JinaBertModel
@@ -41,6 +42,52 @@ def test_the_attention_of_a_recipe(start, tmp_path):
         assert model[0].auto_model.config._attn_implementation == (name or "sdpa")
     with pytest.raises(RecipeError, match="nothing"):
         load_model(recipe("pairs", start, tmp_path, "attn_implementation=nothing"))
+
+
+def test_a_resume_with_fewer_batches_a_step_trains_all_steps(start, tmp_path):
+    """The batches of the steps before are not the steps that are left."""
+    contrastive.train(recipe("pairs", start, tmp_path, "training.gradient_accumulation_steps=2"))
+    once = ("training.gradient_accumulation_steps=1", "training.max_steps=8")
+    contrastive.train(recipe("pairs", start, tmp_path, *once), resume=str(tmp_path / "checkpoint-3"))
+    assert [entry["step"] for entry in log(tmp_path) if "loss" in entry][-5:] == [4, 5, 6, 7, 8]
+
+
+def test_the_final_model_reads_whole_texts(start, tmp_path):
+    """Training cuts at max_length, what comes out of it does not."""
+    final = contrastive.train(recipe("pairs", start, tmp_path, "max_length=8", "training.max_steps=1"))
+    texts = ["word " * 20 + "one", "word " * 20 + "two"]
+    model = SentenceTransformer(str(final), trust_remote_code=True, device="cpu")
+    assert model.max_seq_length == JinaBertModel.from_pretrained(final).config.model_max_length == 8192
+    vectors = model.encode(texts)
+    assert abs(vectors[0] - vectors[1]).max() > 1e-5
+    ours = JinaBertModel.from_pretrained(final).encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(ours, vectors, atol=1e-5)
+    assert json.loads((final / "tokenizer.json").read_text())["truncation"] is None
+    with pytest.raises(RecipeError, match="max_length=2 leaves no room"):
+        contrastive.train(recipe("pairs", start, tmp_path / "short", "max_length=2"))
+
+
+def test_a_checkpoint_without_the_optimiser_is_not_resumed_from(start, tmp_path):
+    contrastive.train(recipe("pairs", start, tmp_path, "training.save_only_model=true"))
+    with pytest.raises(RecipeError, match=r"checkpoint-6 was saved with training\.save_only_model"):
+        contrastive.train(recipe("pairs", start, tmp_path), resume=True)
+
+
+def test_a_checkpoint_of_an_epoch_is_looked_through(start, tmp_path, monkeypatch):
+    """It is asked for after the last step, which has looked at nothing then."""
+    monkeypatch.setattr("training.monitor._not_finite", lambda model: 1)
+    with pytest.raises(TrainingDiverged, match="the weights are not finite"):
+        contrastive.train(recipe("pairs", start, tmp_path, "training.save_strategy=epoch", "training.max_steps=1000"))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("module", ["pairs", "hard_negatives", "finetune", None])
+def test_several_gpus_in_one_process_are_told_how_to_launch(start, tmp_path, monkeypatch, module):
+    monkeypatch.setattr(SentenceTransformerTrainingArguments, "n_gpu", 2)
+    command = module and f"training.{module}"
+    with pytest.raises(RecipeError, match="2 GPUs in one process: ") as error:
+        contrastive.train(recipe("pairs", start, tmp_path), command=command)
+    assert (f"-m {command} ..., or set" in str(error.value)) == ("accelerate" in str(error.value)) == bool(module)
 
 
 def test_stage_three_resumes_bit_for_bit(start, tmp_path):

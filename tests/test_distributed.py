@@ -1,5 +1,6 @@
 """Stage I on several processes: two gloo processes are one process, sharded or not, and the launch files are sound."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from transformers import AutoModelForMaskedLM
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from training import mlm
+from training.mlm import keep_float32
 from training.recipe import MLMRecipe, RecipeError, load_recipe
 
 RECIPES = REPOSITORY / "training" / "recipes"
@@ -173,8 +175,16 @@ def test_the_launch_files_are_read_by_accelerate(name, monkeypatch):
         plugin = FullyShardedDataParallelPlugin()
         assert (plugin.fsdp_version, plugin.transformer_cls_names_to_wrap) == (2, ["JinaBertLayer"])
         assert plugin.reshard_after_forward
-        assert plugin.activation_checkpointing
+        assert not plugin.activation_checkpointing  # it would draw other dropout masks in the recomputation
         assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
+
+
+def test_fsdp_adds_up_gradients_in_float32_and_does_not_round_the_loss():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    keep_float32(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+    assert "keep_float32(self.accelerator.state.fsdp_plugin)" in inspect.getsource(mlm.MLMTrainer.__init__)
 
 
 class FilledConfig(HfTrainerDeepSpeedConfig, HfDeepSpeedConfig):

@@ -106,8 +106,12 @@ def test_ways_to_say_how_long_a_text_may_be(model):
     text = "word " * 600
     whole = model.encode(text, truncation=False)
     np.testing.assert_array_equal(model.encode(text, truncation="do_not_truncate", max_length=9), whole)
+    with pytest.raises(ValueError, match="max_length=1 is less than the 2 special tokens"):
+        model.encode(TEXTS, max_length=1)  # the tokenizer would take it for no limit
     with pytest.raises(ValueError, match="max_length=0 is less than one token"):
         model.encode(text, max_length=0)
+    with pytest.raises(ValueError, match="max_length=1 is less than the 2 special tokens"):
+        model.encode(text, max_length=1)  # which the tokenizer would take for no limit
 
 
 def test_a_model_that_encode_moved_can_be_trained(model):

@@ -2,6 +2,9 @@
 what decides the scores is in the settings.
 """
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +114,36 @@ def test_a_retrained_model_has_other_settings(model_folder):
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1
     assert EmbeddingModel("tiny", model).settings["weights_sha256"] != before["weights_sha256"]
+
+
+@pytest.mark.parametrize("part", ["prompt", "pooling", "vocabulary", "heads"])
+def test_a_model_is_more_than_its_weights(model_folder, tmp_path, part):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+
+    def rewrite(name: str, **fields):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **fields}))
+
+    def settings() -> dict:
+        model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+        system = EmbeddingModel("tiny", model)
+        found = system.settings
+        model.encode(["a text"])  # which tells the tokenizer where to cut
+        assert system.settings == found
+        return found
+
+    before = settings()
+    if part == "prompt":
+        rewrite("config_sentence_transformers.json", prompts={"query": "Question: "})
+    elif part == "pooling":
+        pooling = next(folder.glob("*_Pooling/config.json")).relative_to(folder)
+        old = json.loads((folder / pooling).read_text())
+        newer = {"pooling_mode": "cls"} if "pooling_mode" in old else {}
+        rewrite(pooling, **newer, pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
+    elif part == "vocabulary":
+        rewrite("tokenizer_config.json", do_lower_case=False)
+    else:
+        rewrite("config.json", num_attention_heads=1)
+    after = settings()
+    assert after["pipeline_sha256"] != before["pipeline_sha256"]
+    assert {**after, "pipeline_sha256": ""} == {**before, "pipeline_sha256": ""}

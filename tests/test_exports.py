@@ -25,6 +25,7 @@ from hub_repo import export as export_module
 from hub_repo.engines import comparison
 from hub_repo.engines.node import run_llama_cpp
 from hub_repo.export import Formats, export_formats, main
+from hub_repo.folders.carried_settings import CarriedSettings, carried_settings
 from hub_repo.folders.checkpoint_files import FolderError
 from hub_repo.folders.staging import staged
 from hub_repo.formats import gguf_export, onnx_export, onnx_graph, openvino_export, tei
@@ -62,6 +63,7 @@ def exported(tmp_path_factory):
     (root / "hub" / "onnx").mkdir(parents=True)
     for name in ("onnx/model_q4.onnx", "old.gguf", "LICENSE", "model-00001-of-00002.safetensors"):
         (root / "hub" / name).write_text("earlier")
+    (root / "hub" / "config.json").write_text('{"model_type": "jina_bert"}')
     (root / "card.md").write_text("# A card\n")
     arguments = [
         "--model",
@@ -217,6 +219,11 @@ def test_the_folder_for_text_embeddings_inference(tmp_path, name):
     assert config["auto_map"] == original["auto_map"]
     assert json.loads((tmp_path / "modules.json").read_text())[1]["type"] == "sentence_transformers.models.Pooling"
     assert not list(tmp_path.glob("*.py"))
+    kept = CarriedSettings(False, False, False, None, {"prompts": {"query": "Q: "}, "default_prompt_name": "query"})
+    tei.write_tei(source, GOLDEN / name, tmp_path, kept=kept)
+    written = carried_settings(tmp_path)
+    assert (written.normalize, written.include_prompt) == (False, False)
+    assert {key: written.settings[key] for key in kept.settings} == kept.settings
     del config["hidden_act"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="lacks hidden_act"):
@@ -266,12 +273,30 @@ def test_an_engine_that_differs_leaves_no_folder(tmp_path, monkeypatch):
     )
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "model.safetensors").write_text("earlier")
+    (tmp_path / "hub" / "config.json").write_text('{"model_type": "jina_bert"}')
     with pytest.raises(RuntimeError, match=r"hub-F16\.gguf: .* is not the model's"):
         export_formats(
             str(GOLDEN / "A-small4h"), tmp_path / "hub", formats=Formats(gguf=("f16",), tei=tmp_path / "tei")
         )
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
-    assert [path.name for path in (tmp_path / "hub").iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("config", [None, '{"model_type": "llama"}', "[]", "no JSON"])
+def test_weights_of_another_model_are_not_removed(tmp_path, config):
+    folder = tmp_path / "models"
+    (folder / "onnx").mkdir(parents=True)
+    (folder / "onnx" / "theirs.onnx").write_text("theirs")
+    (folder / "adapter_model.safetensors").write_text("theirs")
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(FolderError, match=r"models holds onnx/theirs\.onnx, which would be removed"):
+        export_formats(str(GOLDEN / "A-small4h"), folder)
+    assert sorted(folder.rglob("*")) == before
+    with staged(folder, into_existing=True, stale=("*-of-*.safetensors",)) as stage:
+        (stage / "new").write_text("new")
+    assert (folder / "adapter_model.safetensors").read_text() == "theirs"
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):

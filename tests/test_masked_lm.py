@@ -67,6 +67,18 @@ def test_the_logits_are_never_held(model, half):
     assert recorder.bytes > blocks["all labelled"]
 
 
+def test_logits_that_are_returned_are_not_held_in_float32_as_well(model):
+    """Half of the positions are labelled; only these are widened for the loss."""
+    model.config.sparse_prediction = False
+    inputs = batch()
+    whole = inputs["labels"].numel() * VOCABULARY * 4
+    with LargestTensor() as recorder, torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(**inputs)
+        outputs.loss.backward()
+    assert outputs.logits.shape == (*inputs["labels"].shape, VOCABULARY)
+    assert recorder.bytes < 0.6 * whole
+
+
 def test_evaluation_still_has_the_logits_of_the_labelled_positions(model):
     inputs = batch()
     outputs = model.eval()(**inputs)

@@ -1,13 +1,16 @@
 """Whole-word masking: the statistics, the words, and that it needs no state."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
 
-from modeling_jina_bert.masking import IGNORED
+from modeling_jina_bert.masking import IGNORED, WordPieces, mask_whole_words
 from training.masking import WholeWordMaskingCollator
 
 
@@ -91,3 +94,27 @@ def test_arrays_and_padding(tokenizer):
     assert (batch["labels"] != IGNORED).sum() > 30
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
     assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
+
+
+def test_whole_words_of_byte_level_bpe():
+    """Words begin with a space or after what is no letter; a character of several pieces is one."""
+    text = ["Unbelievable, (really) he's naïve \u4f60\u597d caf\u00e9s 2310 x" * 3]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["un be lie va ble re al ly he is it na ve ca fe"], vocab_size=262, show_progress=False)
+    bpe.add_tokens(["##", "####"])  # as GPT-2's vocabulary has them; no sign of WordPiece
+    special = {"mask_token": "<mask>", "pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
+    encoded = tokenizer(text, return_offsets_mapping=True, return_tensors="pt")
+    pieces = WordPieces.of(tokenizer)
+    expected = [match.span() for match in re.finditer(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+|[^\w\s]", text[0])]
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(200):
+        _, labels = mask_whole_words(encoded["input_ids"], pieces, probability=0.3, generator=generator)
+        chosen = encoded["offset_mapping"][0][labels[0] != IGNORED].tolist()
+        characters = {i for first, last in chosen for i in range(first, last) if not text[0][i].isspace()}
+        for word in expected:
+            inside = characters & set(range(*word))
+            assert len(inside) in (0, word[1] - word[0]), text[0][slice(*word)]
+            seen |= {word} if inside else set()
+    assert len(seen) == len(expected)

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 from datasets import Dataset
@@ -32,7 +33,7 @@ from sentence_transformers.util import mine_hard_negatives
 from training import mining, mining_texts
 from training.contrastive import load_sources
 from training.mining_recipe import MiningRecipe
-from training.mining_texts import normalised
+from training.mining_texts import collect, normalised
 from training.recipe import ContrastiveRecipe, RecipeError, load_recipe
 
 
@@ -123,6 +124,26 @@ def test_no_negative_is_a_known_positive_the_query_or_there_twice(recipe):
         assert sum(counts["reasons"].values()) == counts["retrieved"]
         assert counts["taken"]["bm25"] >= 2 * counts["rows"]
         assert counts["taken"]["first"] >= 4 * counts["rows"]
+
+
+def test_positives_behind_the_last_row_that_is_mined_are_known(recipe):
+    """One query has another positive in each source, in a row that `max_rows` leaves out."""
+    whole = "corpus={name: corpus, path: corpus.jsonl, text: body}"
+    first = {}
+    for name in ("facts", "more"):
+        for row in rows_of(name):
+            if row["query"] and row["positive"]:
+                first.setdefault(normalised(row["query"]), []).append(normalised(row["positive"]))
+    ours = recipe("teacher=null", whole, "max_rows=30", "depth=60")
+    mining.mine(ours)
+    collection = collect(ours, Path(ours.output_dir) / "work" / "texts")
+    query = [normalised(text) for text in collection.queries.take(np.arange(len(collection.queries)))]
+    known = collection.known(query.index(normalised(PAIRS[0]["query"])))
+    found = {normalised(text) for text in collection.passages.take(known)}
+    there = {normalised(text) for text in collection.passages.take(np.arange(len(collection.passages)))}
+    assert found == {*first[normalised(PAIRS[0]["query"])]} & there
+    assert len(collection.further_query) > 0
+    assert len(collection.query) == 60
 
 
 def test_the_margin_of_the_teacher_and_of_the_cross_encoder_holds_for_every_negative(recipe, models):

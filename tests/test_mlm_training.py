@@ -26,11 +26,13 @@ from training import mlm
 from training.masking import WholeWordMaskingCollator
 from training.monitor import Monitor, device_peak, training_flops
 from training.packing import Progress, Reader, Report, Tally
-from training.recipe import MLMRecipe, RecipeError, Source, accumulation_steps, command_line, load_recipe
+from training.recipe import MLMRecipe, RecipeError, Source, accumulation_steps, command_line, load_recipe, save_recipe
 from training.run import (
     TrainingDiverged,
+    check_data,
     checkpoints,
     exit_on_recipe_error,
+    files_read,
     is_whole,
     leave_behind,
     mark_whole,
@@ -198,6 +200,36 @@ def test_a_run_that_went_back_goes_on_with_what_it_trained_then(run, tmp_path, c
 def test_a_place_in_other_data_is_refused(run, tmp_path, change, message):
     with pytest.raises(RecipeError, match=message):
         mlm.train(recipe(tmp_path, *WORKERS, change), resume=str(run / "checkpoint-4"))
+
+
+def test_a_place_in_other_files_is_refused(tmp_path):
+    """`datasets` knows a place by the number of the file."""
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "c"):
+        (tmp_path / "texts" / f"{name}.jsonl").write_text(json.dumps({"text": f"some words of {name}"}))
+    mine = recipe(tmp_path, f"data_dir={tmp_path}")
+    mine.sources = [Source(name="mine", path="texts/*.jsonl", weight=2.0), Source(name="more", path="texts/a.jsonl")]
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    save_recipe(mine, checkpoint)
+    (checkpoint / "data-files.json").write_text(json.dumps(files_read(mine)))
+    check_data(str(checkpoint), mine)
+    (tmp_path / "texts").rename(tmp_path / "moved")
+    mine.sources[0].path, mine.sources[1].path = "moved/*.jsonl", "moved/a.jsonl"
+    check_data(str(checkpoint), mine)
+    mine.sources[0].weight = 1.0  # the shuffle buffer would be filled by other draws
+    with pytest.raises(RecipeError, match=r"sources\.mine\.weight=2\.0, the recipe has 1\.0"):
+        check_data(str(checkpoint), mine)
+    mine.sources[0].weight = 2.0
+    (tmp_path / "moved" / "b.jsonl").write_text(json.dumps({"text": "new"}))
+    with pytest.raises(RecipeError, match=r"source mine was read from 2 files and has 3 now \(other ones: b\.jsonl\)"):
+        check_data(str(checkpoint), mine)
+
+
+@pytest.mark.parametrize("field", ["data_seed=1", "dataloader_drop_last=true", "auto_find_batch_size=true"])
+def test_fields_that_would_do_nothing_are_refused(tmp_path, field):
+    with pytest.raises(RecipeError, match=f"training.{field.split('=')[0]} has no effect in stage I"):
+        mlm.stage_arguments(recipe(tmp_path, f"training.{field}"))
 
 
 def test_changed_steps_are_those_of_the_recipe(run, tmp_path):

@@ -239,6 +239,7 @@ def test_wrong_inputs(corpus, tmp_path):
     refused("no column '_id'", [corpus], id_column="_id")
     refused("column 'score' is of type double, not text", [corpus], settings=replace(SETTINGS, column="score"))
     refused("column 'kind' holds 'k0' 11 times", [corpus], id_column="kind")
+    refused("'text' is the id and the text", [corpus], settings=replace(SETTINGS, keep_text=False), id_column="text")
     refused("has other columns or types", [corpus, write(tmp_path / "other", text=["a"])])
     refused("has a column 'embedding' already", [write(tmp_path / "again", text=["a"], embedding=[1.0])])
     refused("neither a folder nor", [corpus], settings=replace(SETTINGS, model=str(tmp_path / "none")))

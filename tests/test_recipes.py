@@ -10,7 +10,16 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer, TrainingArguments
 
 from modeling_jina_bert import JinaBertConfig, JinaBertModel
-from training.recipe import ContrastiveRecipe, MLMRecipe, RecipeError, Source, load_recipe, training_arguments
+from training.mlm import build_model
+from training.recipe import (
+    ContrastiveRecipe,
+    MLMRecipe,
+    RecipeError,
+    Source,
+    accumulation_steps,
+    load_recipe,
+    training_arguments,
+)
 from training.source_files import check_columns, open_source
 from training.sources import sequences
 
@@ -74,6 +83,43 @@ def test_a_wrong_key_or_value_is_named(override, message):
 def test_a_missing_recipe_is_named():
     with pytest.raises(RecipeError, match=r"no-such\.yaml"):
         load_recipe(MLMRecipe, "no-such.yaml")
+
+
+def test_what_is_no_recipe_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(MLMRecipe, tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"output_dir: caf\xe9\n")
+    with pytest.raises(RecipeError, match=r"latin\.yaml"):
+        load_recipe(MLMRecipe, tmp_path / "latin.yaml")
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(RecipeError, match=r"a\.yaml: extends itself, by way of a\.yaml"):
+        load_recipe(MLMRecipe, tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_attention_heads=3", "not a multiple"),
+        ("model.num_attention_heads=0", "num_attention_heads=0"),
+        ("model.hidden_size=wide", "hidden_size"),
+        ("model.feed_forward_type=original", "feed_forward_type"),
+        ("model.hidden_dropout_prob=7", "dropout probability"),
+    ],
+)
+def test_a_model_that_cannot_be_is_one_line(override, message):
+    recipe = load_recipe(MLMRecipe, RECIPES[0].with_name("tiny-mlm.yaml"), [override])
+    with pytest.raises(RecipeError, match=f"^model: .*{message}") as error:
+        build_model(recipe, AutoTokenizer.from_pretrained(SHIPPED))
+    assert "\n" not in str(error.value)
+
+
+def test_batches_of_nothing_are_refused(tmp_path):
+    recipe = MLMRecipe(output_dir=str(tmp_path), training={"per_device_train_batch_size": 0}, global_batch_size=64)
+    with pytest.raises(RecipeError, match="per_device_train_batch_size=0 is no number from 1"):
+        training_arguments(TrainingArguments, recipe)
+    with pytest.raises(RecipeError, match="per_device_train_batch_size=0 is no number from 1"):
+        accumulation_steps(recipe, 1)
 
 
 @pytest.mark.parametrize(

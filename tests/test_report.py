@@ -1,5 +1,6 @@
 """The report shows what the result files hold, says what is missing, and opens without a network."""
 
+import copy
 import json
 import re
 import shutil
@@ -52,12 +53,34 @@ def test_the_page_holds_the_scores_and_nothing_from_elsewhere(results, tmp_path,
     for content in (page, text):
         assert "0.987123" in content
         assert "1,234 queries" in content
-        assert f"{record['late']['ndcg_at_10']:.3f}" in content if "late" in record else record["set"] in content
+        assert f"{record['metrics']['late_ndcg_at_10']:.3f}" in content
+        assert record["set"] in content
     assert "<script" not in page, "text of a result is never markup"
     assert not re.search(r"(src|href)=\"(?!#|data:)", page)
     assert page.count("<section") == len(SECTIONS)
     assert page.count("<table>") == page.count('<div class="wide"><table>') >= 2
     assert "not measured: Local sets" in capsys.readouterr().out
+
+
+def test_masked_words_are_compared_at_the_length_that_was_trained_at(results, tmp_path):
+    """And those of the last run alone: of its seed, its documents, its weights."""
+    name = "mlm-length-tiny.json"
+    records = json.loads((RESULTS / name).read_text())["records"]
+    other = copy.deepcopy(records)
+    for record in other:  # an earlier run: fewer documents, another seed, other weights
+        record["documents"] = record["documents"][:2]
+        record["settings"] |= {"seed": 7} | ({"weights_sha256": "0"} if "weights_sha256" in record["settings"] else {})
+    (results / name).write_text(json.dumps({"records": [*other, *records]}))
+    _, text = run(results, tmp_path)
+    section = text.partition("## Masked words by length")[2].partition("\n## ")[0]
+    assert "ratio to 128" in section
+    table = (RESULTS / name).with_suffix(".md").read_text().partition("| system")[2]
+    assert set(table.splitlines()[1:]) <= set(section.splitlines())
+    kept = [record for record in records if record["length"] > 128]
+    (results / name).write_text(json.dumps({"records": kept}))
+    with pytest.raises(SystemExit) as exit_status:
+        run(results, tmp_path)
+    assert exit_status.value.code == 2
 
 
 def test_a_section_without_its_file_says_how_it_is_made(results, tmp_path):

@@ -165,10 +165,24 @@ def module(folder, **fields):
     (folder / "modules.json").write_text(json.dumps(modules))
 
 
+def pickles_alone(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+
+
+def beside_an_index(folder):
+    """What is wrong with the weights is found all the same."""
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    rewrite_json(folder / "config.json", vocab_size=900)
+
+
 DAMAGES = {
+    "vocabulary beside an index": (beside_an_index, "has token 999, the embedding 900 rows"),
+    "index of pickles": (beside_an_index, "pytorch_model.bin.index.json: lists files that are pickles"),
     "truncated": (lambda f: truncate(f / "model.safetensors"), "not a whole safetensors file"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
     "pickle": (lambda f: torch.save({}, f / "pytorch_model.bin"), "pytorch_model.bin: may hold a pickle"),
+    "pickles alone": (pickles_alone, "pytorch_model.bin.index.json: lists files that are pickles"),
     "hidden pickle": (lambda f: (f / "notes.txt").write_bytes(pickle.dumps([1])), "notes.txt: begins like a pickle"),
     "compiled": (lambda f: (f / "alibi.so").write_bytes(b"\x7fELF"), "alibi.so: is compiled code"),
     "nan": (lambda f: rewrite(f, lambda w: w[KEY].view(-1)[7].fill_(float("nan"))), f"{KEY} has values that are not"),

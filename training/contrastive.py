@@ -24,7 +24,7 @@ from modeling_jina_bert import JinaBertConfig, JinaBertModel
 
 from .lora import add_lora, merge_lora
 from .losses import build_loss
-from .monitor import Monitor
+from .monitor import Monitor, trained_steps
 from .packing import Reader
 from .pair_evaluation import build_evaluator
 from .pair_sources import load_sources, split_heldout
@@ -42,14 +42,16 @@ Objective = Callable[
 
 
 def load_model(recipe: ContrastiveRecipe) -> SentenceTransformer:
-    """Transformer, mean pooling and normalisation around the checkpoint the stage starts from.
+    """Transformer, mean pooling and normalisation around the checkpoint the stage starts from, at `max_length`.
 
     A folder or repository of the official form (`jinaai/jina-embeddings-v2-small-en`) is written anew in our form,
     into `output_dir/base`, and loaded from there: checkpoints and adapters name it.
 
     Raises:
-        RecipeError: There is no such checkpoint, or it is no JinaBERT.
+        RecipeError: There is no such checkpoint, or it is no JinaBERT; `max_length` leaves no room for a token.
     """
+    if recipe.max_length < 3:
+        raise RecipeError(f"max_length={recipe.max_length} leaves no room between [CLS] and [SEP].")
     try:
         config, _ = PreTrainedConfig.get_config_dict(recipe.model)
         folder = recipe.model
@@ -146,11 +148,20 @@ def _write_heldout(report: Path, moment: str, trainer: PairTrainer):
         report.write_text(json.dumps({**known, moment: found}, indent=1), encoding="utf-8")
 
 
+def whole_texts(model: SentenceTransformer):
+    """Takes back the length that training cut texts at: the model reads what its configuration says."""
+    model.max_seq_length = model[0].auto_model.config.model_max_length
+    model.tokenizer.init_kwargs.pop("max_length", None)
+    model.tokenizer.backend_tokenizer.no_truncation()  # of the last call
+    model.tokenizer.backend_tokenizer.no_padding()
+
+
 def save_final(recipe: ContrastiveRecipe, trainer: PairTrainer) -> Path:
     """Saves `final`, a plain model: adapters are saved by themselves in `adapter`, and merged."""
     output_dir = Path(recipe.output_dir)
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
+        whole_texts(model)
         if recipe.lora is not None:
             model.save_pretrained(str(output_dir / "adapter"))
             merge_lora(model)
@@ -183,12 +194,17 @@ def contrastive_loss(
 
 
 def train(
-    recipe: ContrastiveRecipe, *, resume: bool | str | None = None, objective: Objective = contrastive_loss
+    recipe: ContrastiveRecipe,
+    *,
+    command: str | None = None,
+    resume: bool | str | None = None,
+    objective: Objective = contrastive_loss,
 ) -> Path:
     """Runs stage II (`num_negatives: 0`) or III, in every process of a distributed run alike.
 
     Args:
         recipe: What to train.
+        command: Module that `accelerate launch` starts; None if it takes one process alone.
         resume: See `resume_checkpoint`.
         objective: Gives the rows to train on, with a column of labels if need be, and the loss.
 
@@ -200,7 +216,7 @@ def train(
         TrainingDiverged: The loss or its gradient is not finite, or the loss rose by `max_loss_rise`.
     """
     checkpoint = resume_checkpoint(recipe.output_dir, resume)
-    arguments = pair_arguments(recipe)
+    arguments = pair_arguments(recipe, command)
     set_seed(arguments.seed)
     model = prepare_model(recipe, arguments)
     check_pair_checkpoint(checkpoint, recipe, model)
@@ -214,6 +230,7 @@ def train(
     monitor = Monitor(model[0].auto_model.config, recipe=recipe, reader=reader, progress=progress, total=total)
     trainer = PairTrainer(
         batches=batches,
+        trained_steps=trained_steps(checkpoint),
         monitor=monitor,
         model=model,
         args=arguments,

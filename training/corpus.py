@@ -103,7 +103,7 @@ def _minhash_stages(recipe: CorpusRecipe, root: Path) -> tuple[list[Stage], list
     )
     signing = [JsonlReader(filtered), minhash.MinhashDedupSignature(signatures, config, language=Words())]
     matching = [OpenFiles(), minhash.MinhashDedupBuckets(signatures, buckets, config=config)]
-    clustering = [minhash.MinhashDedupCluster(buckets, remove, config=config)]
+    clustering = [OpenFiles(), minhash.MinhashDedupCluster(buckets, remove, config=config)]
     excluded = Removed(str(root / "removed" / "minhash"), recipe.removed_examples)
     return [
         Stage("signatures", signing, recipe.executor.tasks),

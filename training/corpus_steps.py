@@ -4,6 +4,7 @@ Law: what a step removes is counted (documents, words, characters, a reason) and
 that carries its final name is whole. Importing this loads no model and no tokenizer; tasks load theirs when they run.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -27,6 +28,7 @@ from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 from .recipe import RecipeError, Source
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32()))])
+_FILES = 10240  # open at a time, where no limit is said
 _BATCH_CHARACTERS = 1_000_000  # tokenised at once; the encodings of a batch take about 200 bytes a token
 _EXAMPLE_CHARACTERS = 400
 _ROWS = 1000  # decoded at once
@@ -90,14 +92,16 @@ class Hold(PipelineStep):
 
 
 class OpenFiles(PipelineStep):
-    """First step of a task that opens a file for every task of the stage before: as many as the system allows it."""
+    """First step of a task that opens a file for every task of an earlier stage: as many as the system allows it."""
 
     type = "LIMIT"
     name = "open files"
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # macOS says that there is no limit, and has one
+            wanted = max(now, _FILES) if most == resource.RLIM_INFINITY else most
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
         return data
 
 

@@ -16,7 +16,7 @@ dimension of the teacher and text.
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ _FITTED_TEXTS = 2_000
 """Texts that axes are fitted to, at most: the student embeds them."""
 
 
-class Axes(str, Enum):
+class Axes(StrEnum):
     """How the teacher's vectors come to the student's width."""
 
     principal = "principal"
@@ -302,7 +302,7 @@ def _axes(
 def main():
     arguments = command_line("Distillation: a teacher's similarities.")
     recipe = load_recipe(DistillationRecipe, arguments.config, arguments.overrides)
-    final = train(recipe, resume=arguments.resume, objective=distillation)
+    final = train(recipe, command=None, resume=arguments.resume, objective=distillation)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"distillation finished: {final}")
 

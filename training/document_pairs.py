@@ -18,7 +18,7 @@ import heapq
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from .recipe import RecipeError, Source, load_recipe, override, save_recipe
 from .source_files import check_source, open_source, readable, text_of
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What the two texts of a pair are; see `sentence_pairs` and `passage_pairs`."""
 
     sentences = "sentences"

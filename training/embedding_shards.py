@@ -10,18 +10,16 @@ NOTE: texts of a batch are padded together, which moves a vector by 1e-7; the on
 text was first embedded in.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 
 from .mining_recipe import MINILM, model_path
 from .mining_texts import Texts, lookup, replacing
@@ -108,7 +106,7 @@ class VectorStore:
 
     def add(self, hashes: np.ndarray, vectors: np.ndarray):
         """Writes a shard: the hashes first, so that a file of vectors is never without them."""
-        with self._alone():
+        with FileLock(self.folder / ".lock"):  # until no other process adds to the store
             shards = self.shards
             if not shards:
                 with replacing(self.folder / "identity.json") as partial:
@@ -117,16 +115,6 @@ class VectorStore:
             for file, array in ((f"{name}.texts.npy", hashes), (f"{name}.npy", vectors.astype(self._dtype))):
                 with replacing(self.folder / file) as partial, open(partial, "wb") as opened:
                     np.save(opened, array)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Waits until no other process adds to the store."""
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
 
 
 @dataclass

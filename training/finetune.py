@@ -81,7 +81,7 @@ def main():
     recipe = load_recipe(FinetuneRecipe, arguments.config, arguments.overrides)
     if not any(source.heldout_share for source in recipe.sources):
         recipe.training["eval_strategy"] = "no"
-    final = train(recipe, resume=arguments.resume)
+    final = train(recipe, command="training.finetune", resume=arguments.resume)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     complete_card(final / "README.md", recipe)

@@ -16,7 +16,7 @@ def main():
     recipe = load_recipe(ContrastiveRecipe, arguments.config, arguments.overrides)
     if recipe.num_negatives < 1:
         raise RecipeError(f"num_negatives={recipe.num_negatives}: stage III needs at least 1 (the paper has 15).")
-    final = train(recipe, resume=arguments.resume)
+    final = train(recipe, command="training.hard_negatives", resume=arguments.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"stage III finished: {final}")
 

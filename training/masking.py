@@ -19,7 +19,7 @@ class WholeWordMaskingCollator:
     """Pads sequences to the longest of the batch and masks whole words.
 
     Args:
-        tokenizer: A WordPiece tokenizer (pieces that continue a word begin with "##").
+        tokenizer: Of WordPiece or byte-level BPE, with [MASK].
         probability: Expected share of masked tokens.
         seed: Changes every choice.
     """

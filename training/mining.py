@@ -6,8 +6,9 @@
 passages (mining_texts), vectors (embedding_shards), rankings (mining_search), filters (negative_filters,
 negative_judges), rows (mining_rows) and what became of them (mining_report).
 
-Laws: a passage that is a positive of the query in any source is never its negative. The same command goes on where the
-last one was killed, at the shard, block or file, and the output is that of an uninterrupted run, to the byte.
+Laws: a passage that is a positive of the query in any source, as far as it was read, is never its negative. The same
+command goes on where the last one was killed, at the shard, block or file, and the output is that of an uninterrupted
+run, to the byte.
 
 Why not sentence-transformers' `mine_hard_negatives`, whose results ours equal on the same settings (test_mining.py):
 it holds all texts, all vectors and all rankings in memory, and searches the corpus as one block; killed, it begins
@@ -18,10 +19,8 @@ against the least similar positive of the query; our `skip` counts ranks before 
 """
 
 import argparse
-import fcntl
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from .embedding_shards import Vectors, embed, load_embedder
@@ -83,15 +83,15 @@ def _alone(root: Path) -> Iterator[None]:
         RecipeError: Another process does.
     """
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock = FileLock(root / ".lock", timeout=0)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RecipeError(f"output_dir={root}: another run is at work there; wait for it.") from error
+        lock.acquire()
+    except Timeout as error:
+        raise RecipeError(f"output_dir={root}: another run is at work there; wait for it.") from error
+    try:
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 @contextmanager

@@ -110,7 +110,8 @@ class MiningRecipe:
         sources: Pairs, columns `anchor` and `positive`. A positive that a query has in any of them is never its
             negative.
         corpus: Further passages, column `text`; None mines from the positives of all sources alone.
-        max_rows: Rows read from each source, the first ones; None reads all.
+        max_rows: Rows of each source that negatives are mined for, the first ones; None is all. Those behind them are
+            read in local files for the positives that a query has there; a Hub data set is not fetched further.
         retrievers: What ranks the passages.
         teacher: None is off.
         cross_encoder: None is off.
@@ -200,11 +201,12 @@ def _check_numbers(recipe: MiningRecipe):
     keys = ("num_negatives", "depth", "memory_mb", "query_block", "shard_rows", "embedding_rows", "batch_size")
     positive = {key: getattr(recipe, key) for key in keys} | {"max_rows": recipe.max_rows}
     for index, retriever in enumerate(recipe.retrievers):
-        numbers = {key: getattr(retriever, key) for key in ("max_length", "lists", "probes")}
+        numbers = {key: getattr(retriever, key) for key in ("lists", "probes")}
         positive |= {f"retrievers[{index}].{key}": number for key, number in numbers.items()}
-    for key, judge in (("teacher", recipe.teacher), ("cross_encoder", recipe.cross_encoder)):
-        if judge:
-            positive[f"{key}.max_length"] = judge.max_length
+    models = {f"retrievers[{index}]": retriever for index, retriever in enumerate(recipe.retrievers)}
+    for key, model in {**models, "teacher": recipe.teacher, "cross_encoder": recipe.cross_encoder}.items():
+        if model and model.max_length is not None and model.max_length < 3:
+            raise RecipeError(f"{key}.max_length={model.max_length} leaves no room beside the special tokens.")
     if recipe.cross_encoder:
         positive["cross_encoder.candidates"] = recipe.cross_encoder.candidates
     for key, value in positive.items():

@@ -157,7 +157,7 @@ class BM25Search:
             return np.full((len(queries), k), -1, np.int32)
         tokens = self._tokens(self._queries.take(queries))
         k_found = min(k, self._size)
-        threads = len(os.sched_getaffinity(0))
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         found, scores = self._index.retrieve(
             tokens, k=k_found, show_progress=False, backend_selection="numpy", n_threads=threads if threads > 1 else 0
         )

@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ class Collection:
         same_text: `(queries,) int64`, the passage with the text of the query, -1 where there is none.
         counts: By source, rows `read`, and of them `empty`, `identical` (query and positive) or `repeated`, which were
             left out.
+        further_query: `(further,) int64`, queries of pairs that are no rows, beyond `max_rows` of local files.
+        further_positive: `(further,) int64`, their positives.
     """
 
     queries: Texts
@@ -109,11 +111,14 @@ class Collection:
     source_starts: np.ndarray
     same_text: np.ndarray
     counts: list[dict[str, int]]
+    further_query: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    further_positive: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __post_init__(self):
-        order = np.argsort(self.query, kind="stable")
-        self._by_query = self.positive[order]
-        self._starts = np.searchsorted(self.query[order], np.arange(len(self.queries) + 1))
+        query = np.append(self.query, self.further_query)
+        order = np.argsort(query, kind="stable")
+        self._by_query = np.append(self.positive, self.further_positive)[order]
+        self._starts = np.searchsorted(query[order], np.arange(len(self.queries) + 1))
 
     def known(self, query: int) -> np.ndarray:
         """Passages that are positives of a query in any source."""
@@ -168,12 +173,20 @@ def collect(recipe: MiningRecipe, folder: Path) -> Collection:
 def _read_sources(recipe: MiningRecipe, folder: Path):
     queries, passages = _Column(folder / "queries.arrow"), _Column(folder / "passages.arrow")
     counts, sizes = [], []
+    further = [[np.empty(0, np.uint64)], [np.empty(0, np.uint64)]]
     for source in recipe.sources:
         counted: Counter = Counter()
-        for batch in _batches(source, recipe.data_dir, [source.anchor, source.positive], recipe.max_rows):
-            pairs = list(_pairs(batch[source.anchor], batch[source.positive], counted))
+        columns = [source.anchor, source.positive]
+        # What is beyond `max_rows` is read for the positives that a query has there, but not fetched from the Hub.
+        for batch in _batches(source, recipe.data_dir, columns, None if source.path else recipe.max_rows):
+            room = None if recipe.max_rows is None else max(0, recipe.max_rows - counted["read"])
+            pairs = list(_pairs(*(batch[column][:room] for column in columns), counted))
             queries.add([query for query, _ in pairs])
             passages.add([positive for _, positive in pairs])
+            if room is not None:
+                others = list(_pairs(*(batch[column][room:] for column in columns), Counter()))
+                for hashes, texts in zip(further, zip(*others, strict=True), strict=False):
+                    hashes.append(text_hashes(map(normalised, texts)))
         if not counted["kept"]:
             raise RecipeError(f"source {source.name}: all pairs are empty or have anchor == positive.")
         counts.append([counted["read"], counted["empty"], counted["identical"], 0])
@@ -181,7 +194,7 @@ def _read_sources(recipe: MiningRecipe, folder: Path):
     if recipe.corpus:
         for batch in _batches(recipe.corpus, recipe.data_dir, [recipe.corpus.text], None):
             passages.add([text for text in batch[recipe.corpus.text] if text and text.strip()])
-    numbers = _numbers(queries.close(), passages.close(), sizes)
+    numbers = _numbers(queries.close(), passages.close(), sizes, *map(np.concatenate, further))
     for row, size, start, stop in zip(counts, sizes, numbers["source_starts"], numbers["source_starts"][1:],
                                       strict=False):  # fmt: skip
         row[3] = size - int(stop - start)
@@ -214,13 +227,22 @@ def _pairs(queries: list, positives: list, counted: Counter) -> Iterator[tuple[s
             yield query, positive
 
 
-def _numbers(queries: np.ndarray, passages: np.ndarray, sizes: list[int]) -> dict[str, Any]:
+def _numbers(
+    queries: np.ndarray,
+    passages: np.ndarray,
+    sizes: list[int],
+    further_queries: np.ndarray,
+    further_positives: np.ndarray,
+) -> dict[str, Any]:
     """Numbers of queries and passages, from the hashes of all rows; repeated pairs are left out."""
     query_rows, query = first_occurrences(queries)
     passage_rows, passage = first_occurrences(passages)
     positive = passage[: len(query)]
     kept, _ = first_occurrences(query * len(passage_rows) + positive)
     source = np.repeat(np.arange(len(sizes)), sizes)[kept]
+    further_query = lookup(queries[query_rows], further_queries)
+    further_positive = lookup(passages[passage_rows], further_positives)
+    both = (further_query >= 0) & (further_positive >= 0)
     return {
         "queries_rows": query_rows,
         "passages_rows": passage_rows,
@@ -228,6 +250,8 @@ def _numbers(queries: np.ndarray, passages: np.ndarray, sizes: list[int]) -> dic
         "positive": positive[kept],
         "source_starts": np.searchsorted(source, np.arange(len(sizes) + 1)),
         "same_text": lookup(passages[passage_rows], queries[query_rows]),
+        "further_query": further_query[both],
+        "further_positive": further_positive[both],
     }
 
 

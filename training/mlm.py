@@ -6,6 +6,7 @@
 COST: the logits exist at masked positions only (`sparse_prediction`), 30 % of (tokens x vocabulary).
 """
 
+import dataclasses
 import itertools
 import os
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
@@ -42,6 +45,8 @@ _ARCHITECTURES: dict[str, tuple[type, type]] = {
     "jina_bert": (JinaBertConfig, JinaBertForMaskedLM),
     "bert": (BertConfig, SparseBertForMaskedLM),  # the control: learned absolute positions
 }
+_WITHOUT_EFFECT = ("data_seed", "dataloader_drop_last", "dataloader_persistent_workers", "auto_find_batch_size")
+"""Fields of TrainingArguments about batches, which are not the Trainer's here."""
 _FITTED_SEQUENCES = 64
 """Sequences that the gates are fitted to where a JinaBERT begins with a BERT."""
 
@@ -59,7 +64,7 @@ def build_model(recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTra
     unknown = sorted(set(fields) - set(config_class.__dataclass_fields__))
     if unknown:
         raise RecipeError(f"model.{unknown[0]} is not a field of {config_class.__name__}.")
-    config = config_class(**fields)
+    config = _of_recipe(config_class, **fields)
     if config_class is JinaBertConfig:
         config.sparse_prediction = True
     elif recipe.max_length > config.max_position_embeddings:
@@ -68,13 +73,21 @@ def build_model(recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTra
         )
     if len(tokenizer) > config.vocab_size:
         raise RecipeError(f"model.vocab_size={config.vocab_size} is below the tokenizer's {len(tokenizer)} entries.")
-    model = model_class(config)
+    model = _of_recipe(model_class, config)
     if recipe.attn_implementation is not None:
         try:
             model.set_attn_implementation(recipe.attn_implementation)
         except (ValueError, ImportError) as error:
             raise RecipeError(f"attn_implementation={recipe.attn_implementation!r}: {error}") from error
     return model
+
+
+def _of_recipe(cls: type, *arguments: Any, **fields: Any) -> Any:
+    """What a class makes of the fields `model` of a recipe; `RecipeError` for what it refuses."""
+    try:
+        return cls(*arguments, **fields)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+        raise RecipeError(f"model: {' '.join(str(error).split())}") from error
 
 
 class MLMTrainer(MonitoredTrainer):
@@ -89,6 +102,8 @@ class MLMTrainer(MonitoredTrainer):
         super().__init__(**kwargs)
         self._finished = finished
         self._model_class = type(self.model)
+        if self.is_fsdp_enabled:
+            keep_float32(self.accelerator.state.fsdp_plugin)
 
     def get_train_dataloader(self) -> DataLoader:
         # Not prepared by accelerate: each process already reads a share of its own.
@@ -97,6 +112,11 @@ class MLMTrainer(MonitoredTrainer):
 
     def report_of(self, batch: dict[str, Any]) -> Report:
         return batch.pop("report")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.is_fsdp_enabled and isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = float(num_items_in_batch)  # as a tensor it would be rounded like the activations
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None):
         if not self.is_fsdp_enabled:
@@ -143,6 +163,9 @@ def stage_arguments(recipe: MLMRecipe) -> TrainingArguments:
     arguments = monitored_arguments(TrainingArguments, recipe, command="training.mlm", **decided)
     if not 0 < recipe.mlm_probability <= 1:
         raise RecipeError(f"mlm_probability={recipe.mlm_probability} is no share of tokens, above 0 and at most 1.")
+    for field in _WITHOUT_EFFECT:
+        if recipe.training.get(field):
+            raise RecipeError(f"training.{field} has no effect in stage I, whose batches are made here: leave it out.")
     if arguments.max_steps <= 0:
         raise RecipeError("training.max_steps must be set: the corpus is a stream without a length.")
     return arguments
@@ -269,6 +292,16 @@ def save_plain(
     model.load_state_dict(state_dict, assign=True)
     model.tie_weights()
     model.save_pretrained(folder)
+
+
+def keep_float32(plugin: FullyShardedDataParallelPlugin):
+    """Has FSDP add up gradients in float32 and leave what the model returns as it is, whatever it computes in.
+
+    TRAP: by itself accelerate takes the training's dtype for both, and the loss comes back as 10.31 or 10.25.
+    """
+    policy = plugin.mixed_precision_policy
+    if policy is not None and plugin.fsdp_version == 2:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def hold_parameters_once(model: PreTrainedModel):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from .packing import Progress, Reader, Report, Tally, load_progress, save_progress
 from .recipe import MLMRecipe, RecipeError, training_arguments
@@ -112,6 +113,7 @@ class Monitor(TrainerCallback):
         self.grad_norm: float | None = None
         self._loss: torch.Tensor | float = 0.0
         self._sources: Counter[str] = Counter()
+        self._before: Counter[str] = Counter()  # those of the last step
         self._history: deque[str] = deque(maxlen=_HISTORY)
         self._learning_rate = math.nan
         self._steps, self._mean, self._lowest = 0, 0.0, math.inf
@@ -142,12 +144,15 @@ class Monitor(TrainerCallback):
         self._seconds, self._mark = self._seconds + now - self._mark, now
         self._check(args, state)
         if control.should_save or control.should_training_stop:
-            # The step itself can overflow, with a loss and a gradient that were finite.
-            if summed([_not_finite(model)], args.device)[0]:
-                raise TrainingDiverged(self._message(state, "the weights are not finite"))
-        self._loss, self._sources = 0.0, Counter()
+            self.check_weights(args, state, model)
+        self._loss, self._before, self._sources = 0.0, self._sources, Counter()
         # Steps are counted over the whole run, also when it resumes without reading its data again.
         state.epoch = state.global_step / state.max_steps
+
+    def check_weights(self, args, state, model):
+        """Stops what would be saved; the step itself can overflow, with a loss and a gradient that were finite."""
+        if summed([_not_finite(model)], args.device)[0]:
+            raise TrainingDiverged(self._message(state, "the weights are not finite"))
 
     def on_log(self, args, state, control, **kwargs):
         self._mark = time.monotonic()
@@ -216,7 +221,7 @@ class Monitor(TrainerCallback):
             self._lowest = min(self._lowest, mean)
 
     def _message(self, state, reason: str, own_is_finite: bool = True) -> str:
-        sources = ", ".join(f"{name} ({rows} rows)" for name, rows in self._sources.most_common())
+        sources = ", ".join(f"{name} ({rows} rows)" for name, rows in (self._sources or self._before).most_common())
         places = {consumer: self.progress.batches[consumer] for consumer in self.reader.own}
         culprit = "" if own_is_finite else " This process's own batches gave it."
         lines = [
@@ -230,14 +235,14 @@ class Monitor(TrainerCallback):
 
 
 def monitored_arguments(
-    cls: type[TrainingArguments], recipe: Any, *, command: str, **decided: Any
+    cls: type[TrainingArguments], recipe: Any, *, command: str | None, **decided: Any
 ) -> TrainingArguments:
     """The arguments of a `MonitoredTrainer`, the fields that it decides among them.
 
     Args:
         cls: `TrainingArguments` or a subclass.
         recipe: Its `training` holds fields of `cls`.
-        command: Module of the stage, for the message that says how to launch it.
+        command: Module of the stage, for the message that says how to launch it; None takes one process alone.
         **decided: Fields that the stage decides besides.
 
     Raises:
@@ -251,9 +256,10 @@ def monitored_arguments(
     }
     arguments = training_arguments(cls, recipe, **decided)
     if arguments.n_gpu > 1:
+        launch = f"start with accelerate launch --config_file training/accelerate/ddp.yaml -m {command} ..., or "
         raise RecipeError(
-            f"{arguments.n_gpu} GPUs in one process: start with accelerate launch --config_file "
-            f"training/accelerate/ddp.yaml -m {command} ..., or set CUDA_VISIBLE_DEVICES to one of them."
+            f"{arguments.n_gpu} GPUs in one process: {launch if command else ''}set CUDA_VISIBLE_DEVICES to one of "
+            "them."
         )
     return arguments
 
@@ -337,6 +343,11 @@ class MonitoredTrainer(Trainer):
         for batch in batches:
             self.monitor.add_report(self.report_of(batch))
             yield batch
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any):
+        if self.args.save_strategy != SaveStrategy.STEPS:  # the last step did not know that it would be saved
+            self.monitor.check_weights(self.args, self.state, self.model)
+        super()._save_checkpoint(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

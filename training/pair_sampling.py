@@ -92,7 +92,7 @@ class SourceBatches:
         ]
         shares = np.array([len(dataset) * weights[name] for name, dataset in datasets.items()], dtype=np.float64)
         self.probabilities = shares / shares.sum()
-        self.per_epoch = max(1, round(shares.sum() / size))
+        self.per_epoch = max(1, round(sum(map(len, datasets.values())) / size))  # weights change who, not how many
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         place = place or {"batches": 0, "cursors": {}}
         self._sizes = {name: len(dataset) for name, dataset in datasets.items()}
@@ -192,6 +192,8 @@ class ProcessBatches(Sampler[list[int]]):
         reader: Which process this is.
         per_epoch: Batches of an epoch.
         total: Batches after which the run ends; None has no end.
+        counted: Batches that the run has behind it, as this process counts them: a step of before may have taken
+            others. None is as many as were drawn.
     """
 
     def __init__(
@@ -202,7 +204,9 @@ class ProcessBatches(Sampler[list[int]]):
         reader: Reader,
         per_epoch: int,
         total: int | None = None,
+        counted: int | None = None,
     ):
+        self._counted = batches.batches if counted is None else counted
         self._batches, self._offsets, self._reader, self._per_epoch = batches, offsets, reader, per_epoch
         self._total, self._given = total, batches.batches
         self._drawn: dict[int, Drawn] = {}
@@ -212,12 +216,13 @@ class ProcessBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         size = self._batches.size // self._reader.ranks
-        left = self._per_epoch - self._given % self._per_epoch
+        left = self._per_epoch - self._counted % self._per_epoch
         if self._total is not None:
-            left = min(left, self._total - self._given)
+            left = min(left, self._total - self._counted)
         for _ in range(left):
             drawn = self._batches.draw()
             self._given += 1
+            self._counted += 1
             self._drawn[self._given] = drawn
             own = drawn.rows[self._reader.rank * size : (self._reader.rank + 1) * size]
             yield [self._offsets[drawn.source] + row for row in own]

@@ -19,8 +19,12 @@ from .pair_sampling import ProcessBatches, SourceBatches
 from .recipe import ContrastiveRecipe, RecipeError
 
 
-def pair_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTrainingArguments:
+def pair_arguments(recipe: ContrastiveRecipe, command: str | None) -> SentenceTransformerTrainingArguments:
     """The Trainer's arguments, the fields that these stages decide among them.
+
+    Args:
+        recipe: What to train.
+        command: See `monitored_arguments`.
 
     Raises:
         RecipeError: A field or value that cannot be trained with.
@@ -34,7 +38,7 @@ def pair_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTrainingArgu
         "prompts": None,  # the paper's models have none
         "ddp_find_unused_parameters": False,  # what takes no part in the embedding is frozen
     }
-    return monitored_arguments(SentenceTransformerTrainingArguments, recipe, command="training.pairs", **decided)
+    return monitored_arguments(SentenceTransformerTrainingArguments, recipe, command=command, **decided)
 
 
 def open_batches(
@@ -82,6 +86,7 @@ class PairTrainer(MonitoredTrainer, SentenceTransformerTrainer):
 
     Args:
         batches: Of all processes.
+        trained_steps: Optimiser steps of the checkpoint that `batches` go on from.
         **kwargs: Of MonitoredTrainer and SentenceTransformerTrainer; `train_dataset` are the sources of `batches`, in
             the same order.
 
@@ -89,11 +94,12 @@ class PairTrainer(MonitoredTrainer, SentenceTransformerTrainer):
         RecipeError: FSDP or DeepSpeed: the cached loss runs the model several times a step, which they do not allow.
     """
 
-    def __init__(self, *, batches: SourceBatches, **kwargs: Any):
+    def __init__(self, *, batches: SourceBatches, trained_steps: int = 0, **kwargs: Any):
         super().__init__(**kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise RecipeError("stages II and III train with DDP: launch with training/accelerate/ddp.yaml.")
         self._batches, self._taken = batches, batches.batches
+        self._trained = trained_steps
         self.add_callback(HeapTrimmer())
 
     def get_train_dataloader(self) -> DataLoader:
@@ -108,6 +114,7 @@ class PairTrainer(MonitoredTrainer, SentenceTransformerTrainer):
             reader=self.monitor.reader,
             per_epoch=max(1, self._batches.per_epoch // together) * together,
             total=steps * together if steps > 0 else None,
+            counted=self._trained * together,
         )
         workers = self.args.dataloader_num_workers
         return DataLoader(

@@ -15,7 +15,7 @@ def main():
     recipe = load_recipe(ContrastiveRecipe, arguments.config, arguments.overrides)
     if recipe.num_negatives:
         raise RecipeError(f"num_negatives={recipe.num_negatives}: stage II has none; run training.hard_negatives.")
-    final = train(recipe, resume=arguments.resume)
+    final = train(recipe, command="training.pairs", resume=arguments.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"stage II finished: {final}")
 

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ class RecipeError(ValueError):
     """A recipe or its data cannot be run; the message says which key or file, and what was expected."""
 
 
-class SourceKind(str, Enum):
+class SourceKind(StrEnum):
     """What the two texts of a pair are to each other."""
 
     retrieval = "retrieval"  # a search and a passage that answers it
@@ -237,6 +237,8 @@ def load_recipe(schema: type[R], path: str | Path, overrides: Sequence[str] = ()
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *layers))
     except FileNotFoundError as error:
         raise RecipeError(f"There is no recipe {error.filename}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}.") from error
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"{path}: {reason} (key: {error.full_key or '?'}).") from error
@@ -247,11 +249,13 @@ def load_recipe(schema: type[R], path: str | Path, overrides: Sequence[str] = ()
     return recipe
 
 
-def _layers(path: Path) -> list:
+def _layers(path: Path, extending: tuple[Path, ...] = ()) -> list:
     """The recipe and, before it, the one it `extends` (a file name beside it)."""
+    if path.resolve() in extending:
+        raise RecipeError(f"{extending[0]}: extends itself, by way of {path.name}.")
     layer = OmegaConf.load(path)
     extended = layer.pop("extends", None)
-    return [*(_layers(path.parent / extended) if extended else []), layer]
+    return [*(_layers(path.parent / extended, (*extending, path.resolve())) if extended else []), layer]
 
 
 def save_recipe(recipe: Any, folder: str | Path):
@@ -281,6 +285,10 @@ def training_arguments(cls: type, recipe: Any, **fixed: Any) -> Any:
             raise RecipeError(f"training.{key} is decided by this stage ({fixed[key]!r}); remove it.")
     # YAML reads a bare `no` as False, which transformers does not take.
     strategies = {key: "no" for key, value in recipe.training.items() if key.endswith("_strategy") and value is False}
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        value = recipe.training.get(key)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise RecipeError(f"training.{key}={value!r} is no number from 1.")
     try:
         return cls(output_dir=recipe.output_dir, **{**recipe.training, **strategies}, **fixed)
     except (TypeError, ValueError) as error:
@@ -315,6 +323,8 @@ def accumulation_steps(recipe: MLMRecipe, processes: int) -> int:
     if recipe.global_batch_size is None or explicit is not None:
         return int(explicit or 1)
     batch = int(recipe.training.get("per_device_train_batch_size", 8))
+    if batch < 1:
+        raise RecipeError(f"training.per_device_train_batch_size={batch} is no number from 1.")
     if recipe.global_batch_size < 1 or recipe.global_batch_size % (batch * processes):
         raise RecipeError(
             f"global_batch_size={recipe.global_batch_size} is not a multiple of {batch * processes}: "

@@ -18,10 +18,12 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedConfig, TrainerCallback
 
 from .recipe import RecipeError, save_recipe
+from .source_files import source_files
 
 logger = logging.getLogger(__name__)
 
 _WHOLE = "complete.json"
+_FILES = "data-files.json"
 
 
 class TrainingDiverged(RuntimeError):
@@ -37,12 +39,14 @@ class RunRecorder(TrainerCallback):
 
     def __init__(self, recipe: Any):
         self.recipe = recipe
+        self.files: dict[str, list[str]] = {}
         self.started = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             leave_behind(args.output_dir, state.global_step)
             save_recipe(self.recipe, args.output_dir)
+            self.files = files_read(self.recipe)
         self.started = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -65,6 +69,7 @@ class RunRecorder(TrainerCallback):
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_recipe(self.recipe, checkpoint)
+            (checkpoint / _FILES).write_text(json.dumps(self.files, indent=1), encoding="utf-8")
             mark_whole(checkpoint)
 
 
@@ -123,8 +128,20 @@ def resume_checkpoint(output_dir: str, resume: bool | str | None) -> str | None:
 
     Raises:
         RecipeError: There is none, or the one that is named is not whole; or a new run would write into the
-            checkpoints of an old one.
+            checkpoints of an old one; or it was saved without what training goes on with.
     """
+    found = _resume_checkpoint(output_dir, resume)
+    if found is not None and (Path(found) / "recipe.yaml").is_file():
+        saved = OmegaConf.to_container(OmegaConf.load(Path(found) / "recipe.yaml"))
+        if saved.get("training", {}).get("save_only_model"):
+            raise RecipeError(
+                f"{found} was saved with training.save_only_model: without the state of optimiser and schedule there "
+                "is no going on. Begin a new run from it as a model."
+            )
+    return found
+
+
+def _resume_checkpoint(output_dir: str, resume: bool | str | None) -> str | None:
     found = checkpoints(output_dir)
     if resume is None:
         if found:
@@ -171,14 +188,31 @@ _READ = ("max_length", "long_documents", "shuffle_buffer", "max_rows")
 _READ_OF_SOURCE = ("text", "tokens", "heldout_share", "anchor", "positive", "hub", "hub_config", "split")
 
 
+def files_read(recipe: Any) -> dict[str, list[str]]:
+    """Source -> names of its local files, in the order in which they are read."""
+    local = [source for source in recipe.sources if source.path is not None]
+    return {source.name: [path.name for path in source_files(source, recipe.data_dir)] for source in local}
+
+
 def check_data(checkpoint: str | None, recipe: Any):
     """Raises `RecipeError` if a checkpoint's place in the data is one in other data than the recipe's.
 
-    Paths may change, since data may be moved, and weights, by which only what comes is drawn. None passes, and so does
-    a checkpoint without its recipe.
+    Folders may change, since data may be moved; in stages II and III also weights, by which only what comes is drawn
+    (a shuffle buffer is filled again by the draws of before). None passes, as does a checkpoint without its recipe.
     """
     if checkpoint is None or not (Path(checkpoint) / "recipe.yaml").is_file():
         return
+    if (Path(checkpoint) / _FILES).is_file():
+        read, files = json.loads((Path(checkpoint) / _FILES).read_text(encoding="utf-8")), files_read(recipe)
+        for name, before in read.items():
+            now = files.get(name, before)
+            if now != before:
+                other = sorted(set(before) ^ set(now)) or now
+                raise RecipeError(
+                    f"{checkpoint}: source {name} was read from {len(before)} files and has {len(now)} now (other "
+                    f"ones: {', '.join(other[:3])}): texts would be left out or read twice. Resume with the files "
+                    "that it began with, or begin a new run."
+                )
     old = OmegaConf.to_container(OmegaConf.load(Path(checkpoint) / "recipe.yaml"))
     new = OmegaConf.to_container(OmegaConf.structured(recipe))
     before, now = _places(old), _places(new)
@@ -196,8 +230,10 @@ def _places(recipe: dict[str, Any]) -> dict[str, Any]:
     found = {key: recipe[key] for key in _READ if key in recipe and (key != "max_length" or long_documents)}
     found["training.seed"] = recipe["training"].get("seed", 42)
     found["sources"] = [source["name"] for source in recipe["sources"]]
+    mixed = "shuffle_buffer" in recipe and len(recipe["sources"]) > 1
     for source in recipe["sources"]:
-        found |= {f"sources.{source['name']}.{key}": source[key] for key in _READ_OF_SOURCE if key in source}
+        keys = (*_READ_OF_SOURCE, "weight") if mixed else _READ_OF_SOURCE
+        found |= {f"sources.{source['name']}.{key}": source[key] for key in keys if key in source}
     return found
 
 

@@ -29,8 +29,8 @@ Overlap = Annotated[
 _PART_ROWS = 64
 
 
-def chunks_of(by: str) -> str | int:
-    """What `--by` says.
+def chunks_of(by: str, option: str = "--by") -> str | int:
+    """What `--by`, or an option of another name, says.
 
     Raises:
         ValueError: Neither "sentences" nor a positive number.
@@ -39,7 +39,7 @@ def chunks_of(by: str) -> str | int:
         return by
     if by.isdecimal() and int(by):
         return int(by)
-    raise ValueError(f"--by {by}: give sentences, or a number of tokens.")
+    raise ValueError(f"{option} {by}: give sentences, or a number of tokens.")
 
 
 def chunk(

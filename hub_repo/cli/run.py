@@ -3,6 +3,7 @@
 Law: the standard output carries data only. Progress, the last line and warnings go to the standard error.
 """
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -149,6 +150,7 @@ def to_stdout(source: TextInput, model: ModelFolder, layout: Layout, *, batch_ro
     """Writes JSON lines as they come; see `to_file`."""
     totals = Totals()
     embed = model.embedder(layout)
+    utf8_stdout()
     for batch in batches(source, batch_rows):
         result = embed(batch)
         for line in json_lines(result.embeddings, layout):
@@ -159,6 +161,12 @@ def to_stdout(source: TextInput, model: ModelFolder, layout: Layout, *, batch_ro
     return totals
 
 
+def utf8_stdout():
+    """Data on the standard output are UTF-8 with line feeds, as in a file, whatever the locale is."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+
+
 def warn(source: TextInput, model: ModelFolder, totals: Totals):
     """Says what is not in the vectors."""
     if totals.cut_texts:
@@ -166,7 +174,7 @@ def warn(source: TextInput, model: ModelFolder, totals: Totals):
         say(
             f"warning: {totals.cut_texts:,} of {totals.texts:,} texts are longer than "
             f"{'the limit of the model' if limit is None else f'--max-length {limit}'}; {totals.cut_tokens:,} tokens "
-            "are not embedded. --max-length or --no-truncation embeds them."
+            "are not embedded. A larger --max-length embeds them."
         )
     if source.lenient_count:
         say(f"warning: {source.lenient_count:,} texts were not UTF-8 or null and taken leniently.")

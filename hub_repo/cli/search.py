@@ -16,7 +16,7 @@ from ..embedding.text_input import STDIN, Reading, Row, TextInput
 from ..embedding.vector_files import Layout
 from . import options
 from .chunk import chunks_of
-from .run import open_input, to_file
+from .run import open_input, to_file, utf8_stdout
 
 BUILD_EXAMPLE = """Examples:
 
@@ -68,7 +68,7 @@ def build(
         raise ValueError(f"{index}: there is no folder {index.parent}.")
     encoding = Encoding(
         device, model_dtype and model_dtype.value, batch_size, max_length, truncate_dim=truncate_dim,
-        chunks=None if chunks is None else chunks_of(chunks),
+        chunks=None if chunks is None else chunks_of(chunks, "--chunks"),
     )  # fmt: skip
     source = open_input(files, None, Reading(format_ and format_.value, column, id_column, whole_files, lenient))
     folder = ModelFolder(model, encoding)
@@ -117,6 +117,7 @@ def query(
 
 
 def _print_json(row: Row, hits: list[Hit]):
+    utf8_stdout()
     results = [{"rank": hit.rank, "score": round(hit.score, 6), **hit.document} for hit in hits]
     print(json.dumps({"query": row.text, "results": results}, ensure_ascii=False))
 

@@ -119,6 +119,8 @@ def plan(names: list[str], output: str, settings: Settings, *, id_column: str | 
     """
     sources = pp.find_sources(names, output)
     pp.check_columns(sources[0], settings.column, id_column)
+    if id_column == settings.column and not settings.keep_text:
+        raise InputError(f"column {id_column!r} is the id and the text, which is not kept: keep it, or name another.")
     if id_column is not None:
         doubled = pp.doubled_value([(source.filesystem, source.path) for source in sources], id_column)
         if doubled is not None:

@@ -346,7 +346,8 @@ class TextInput:
                 yield sys.stdin.buffer
                 return
             with open(file, "rb") as raw:
-                self._position = raw.tell
+                if raw.seekable():  # a pipe has no place
+                    self._position = raw.tell
                 if file.lower().endswith(".zst"):
                     yield io.BufferedReader(ZstdReader(raw), 2**16)
                 elif file.lower().endswith(".gz"):

@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,9 +26,11 @@ import torch
 
 from modeling_jina_bert import JinaBertModel
 
+from ..embedding.model_folder import Encoding, ModelFolder
 from ..export import Formats, export_formats
 from ..folders.checkpoint_files import WEIGHTS
 from ..folders.loading import quiet_transformers
+from ..folders.staging import holds_jina_bert
 from ..formats.gguf_export import TOLERANCES as GGUF_TOLERANCES
 from ..formats.gguf_export import gguf_name, read_gguf
 from ..formats.onnx_export import FILES, onnxruntime_engine
@@ -56,6 +59,8 @@ from .rows import (
 
 logger = logging.getLogger(__name__)
 
+_PACKAGES = ("torch", "onnxruntime", "openvino", "gguf")
+"""Of the engines beside torch in this environment."""
 _LEGEND = """\
 Error: largest difference of a component of the embeddings (length 1) from torch's; cosine: the smallest to torch's.
 Agrees: both are within the tolerance of the precision on short, odd, long and padded input, and the same model with
@@ -74,7 +79,7 @@ class Report:
     Attributes:
         command: That measured it.
         machine: On which.
-        settings: Model, lengths, rounds and threads: what `--resume` compares.
+        settings: Model and its hash, lengths, rounds, threads, processor and versions: what `--resume` compares.
         rows: Torch first.
         missing: Engines that were not run.
         remarks: Sentences below the table.
@@ -143,6 +148,12 @@ def measure(model_path: str, output: Path, settings: Settings, report: Report):
     report.save(output)
 
 
+def _remove_earlier(folder: Path):
+    """Removes what an interrupted run has exported for text-embeddings-inference, whose folder has to be a new one."""
+    if holds_jina_bert(folder):
+        shutil.rmtree(folder)
+
+
 def local_rows(subject: Subject, settings: Settings) -> list[Row]:
     """Torch and the engines whose packages are installed beside it; then torch with the tensors of the GGUF files."""
     folder, model = subject.folder, subject.model
@@ -186,15 +197,18 @@ def _gguf_rows(subject: Subject, check: Check) -> list[Row]:
     return rows
 
 
-def _machine(threads: int) -> str:
-    """The processor, its cores, versions and the day."""
+def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    day = datetime.datetime.now(datetime.timezone.utc).date()
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _machine(threads: int) -> str:
+    """The processor, its cores, versions and the day."""
+    day = datetime.datetime.now(datetime.UTC).date()
     software = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{processor}, {os.cpu_count()} cores, {threads} used by each engine; {software}; {day}"
+    return f"{_processor()}, {os.cpu_count()} cores, {threads} used by each engine; {software}; {day}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,11 +235,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger(__package__).setLevel(logging.INFO)
     settings = Settings(arguments.lengths, arguments.rounds, arguments.threads, arguments.environments, arguments.node)
     command = shlex.join(["python", "-m", "hub_repo.engines", *(sys.argv[1:] if argv is None else argv)])
-    same = {name: getattr(arguments, name) for name in ("model", "lengths", "rounds", "threads")}
-    report = Report(command, _machine(arguments.threads), same)
     try:
+        same = {name: getattr(arguments, name) for name in ("model", "lengths", "rounds", "threads")}
+        same |= {"model_sha256": ModelFolder(arguments.model, Encoding(device="cpu")).sha256}
+        same |= {"processor": _processor(), "versions": {name: version(name) for name in _PACKAGES}}
+        report = Report(command, _machine(arguments.threads), same)
         if arguments.resume:
             report.resume(arguments.output)
+            if not report.rows:
+                _remove_earlier(arguments.output / f"{Path(arguments.model).resolve().name}-tei")
         measure(arguments.model, arguments.output, settings, report)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,9 +11,18 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .checkpoint_files import FolderError
+from modeling_jina_bert import JinaBertConfig
 
-WEIGHTS_OF_A_FOLDER = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "onnx/*", "openvino/*")
+from .checkpoint_files import FolderError, read_json
+
+WEIGHTS_OF_A_FOLDER = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "*.gguf",
+    "onnx/*",
+    "openvino/*",
+)
 """Files that hold weights: those of an earlier export would contradict the new ones, so they go."""
 
 
@@ -24,19 +33,26 @@ def staged(output: Path, *, into_existing: bool = False, stale: Sequence[str] = 
     Args:
         output: The folder to be.
         into_existing: Whether `output` may exist: files of the same names are replaced and the others stay.
-        stale: Patterns of files in an existing `output` that are removed unless they were written again.
+        stale: Patterns of files in an existing `output` that are removed unless they were written again. If there are
+            any, it has to be the folder of a JinaBERT.
 
     Yields:
         An empty folder beside `output`.
 
     Raises:
-        FolderError: `output` is a file, or not empty and not `into_existing`.
+        FolderError: `output` is a file, or not empty and not `into_existing`; it holds what would be removed, and is
+            not the folder of a JinaBERT.
     """
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise FolderError(f"{output} is a file.")
     if output.exists() and not into_existing and any(output.iterdir()):
         raise FolderError(f"{output} is not empty: name a new folder.")
+    if (found := _stale(output, stale)) and not holds_jina_bert(output):
+        raise FolderError(
+            f"{output} holds {found[0].relative_to(output)}, which would be removed as of an earlier export, and is "
+            "no folder of a JinaBERT: name another folder."
+        )
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=parent))
@@ -45,6 +61,22 @@ def staged(output: Path, *, into_existing: bool = False, stale: Sequence[str] = 
         _publish(stage, output, stale)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _stale(output: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in output.glob(pattern) if path.is_file()})
+
+
+def holds_jina_bert(folder: Path) -> bool:
+    """Whether its config.json is that of a JinaBERT, in our form or the official one."""
+    try:
+        config = read_json(folder / "config.json")
+    except FolderError:
+        return False
+    if not isinstance(config, dict):
+        return False
+    official = config.get("model_type") == "bert" and config.get("position_embedding_type") == "alibi"
+    return official or config.get("model_type") == JinaBertConfig.model_type
 
 
 def _umask() -> int:
@@ -64,8 +96,8 @@ def _publish(stage: Path, output: Path, stale: Sequence[str]):
     for name in sorted(written):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(stage / name, output / name)
-    for path in {path for pattern in stale for path in output.glob(pattern)}:
-        if path.is_file() and path.relative_to(output) not in written:
+    for path in _stale(output, stale):
+        if path.relative_to(output) not in written:
             path.unlink()
     for folder in ("onnx", "openvino"):
         with contextlib.suppress(OSError):  # missing, or not empty

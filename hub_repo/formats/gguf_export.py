@@ -33,7 +33,7 @@ _SUFFIXES = (".weight", ".bias")
 
 def gguf_name(path: Path, dtype: str) -> str:
     """File name as is usual for GGUF: NAME-F16.gguf."""
-    return f"{path.name}-{dtype.upper()}.gguf"
+    return f"{path.absolute().name}-{dtype.upper()}.gguf"
 
 
 def write_gguf(model: JinaBertModel, folder: Path, path: Path, *, dtype: str = "f16"):

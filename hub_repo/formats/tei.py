@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from modeling_jina_bert import JinaBertModel
 
 from ..folders import checkpoint_files as files
-from ..folders.folder_files import official_config, sentence_transformers_files, write_json
+from ..folders.carried_settings import CarriedSettings
+from ..folders.folder_files import SETTINGS, official_config, sentence_transformers_files, write_json
 from .parity import Agreement, Tolerance, agreement, check_batches, check_engine, torch_embeddings
 
 TOLERANCES = {
@@ -35,7 +36,9 @@ _REQUIRED = (
 """Fields of config.json without which its reader stops (backends/candle/src/models/bert.rs)."""
 
 
-def write_tei(model: JinaBertModel, folder: Path, output: Path, *, dtype: str = "float16"):
+def write_tei(
+    model: JinaBertModel, folder: Path, output: Path, *, dtype: str = "float16", kept: CarriedSettings | None = None
+):
     """Writes the folder.
 
     Args:
@@ -43,7 +46,9 @@ def write_tei(model: JinaBertModel, folder: Path, output: Path, *, dtype: str = 
         folder: Folder with the tokenizer files.
         output: Folder to write, which exists.
         dtype: Of the stored weights.
+        kept: What the sentence-transformers files of the source said; None is the default.
     """
+    kept = kept or CarriedSettings()
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = (
         ["JinaBertForMaskedLM"],
@@ -59,8 +64,10 @@ def write_tei(model: JinaBertModel, folder: Path, output: Path, *, dtype: str = 
     for name in files.TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, output / name)
-    for name, content in sentence_transformers_files(config.hidden_size, config.model_max_length).items():
-        write_json(output / name, content)
+    of_vectors = {"normalize": kept.normalize, "include_prompt": kept.include_prompt}
+    shape = config.hidden_size, config.model_max_length
+    for name, content in sentence_transformers_files(*shape, **of_vectors).items():
+        write_json(output / name, {**content, **kept.settings} if name == SETTINGS else content)
 
 
 def check_tei(output: Path, model: JinaBertModel, dtype: str) -> Agreement:

@@ -11,7 +11,7 @@ from modeling_jina_bert.checkpoints import read_weight_map
 from ..folders.checkpoint_files import INDEX, PICKLES, WEIGHTS, FolderError
 from .outline import hub_error
 
-_FETCHED = ("*.json", "*.safetensors", "*.txt", "*.md", "LICENSE*")
+_FETCHED = ("*.json", "*.safetensors", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 
 
 def fetch(source: str | Path, revision: str | None = None) -> Path:

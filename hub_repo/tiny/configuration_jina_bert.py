@@ -5,6 +5,7 @@ value. The legacy keys of the published repositories (``model_type: bert``, fore
 nowhere else.
 """
 
+import functools
 import logging
 from typing import Literal
 
@@ -17,6 +18,7 @@ if parse(transformers.__version__) < parse("5.4"):
     )
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,9 @@ AUTO_MAP = {
 
 _QK_POST_NORM_REPOSITORY = "jina-bert-v2-qk-post-norm"
 _ACTIVATION_OF = {"geglu": "gelu", "reglu": "relu"}
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size"
+)  # fmt: skip
 
 
 @strict
@@ -68,7 +73,8 @@ class JinaBertConfig(PreTrainedConfig):
         model_max_length: Length in tokens that `encode` truncates to, unless the limit of the tokenizer is smaller.
 
     Raises:
-        ValueError: A field that no JinaBERT has (absolute positions, an ungated MLP, an indivisible width).
+        ValueError: A field that no JinaBERT has (absolute positions, an ungated MLP, an indivisible width, no layer),
+            or of another type.
     """
 
     model_type = "jina_bert"
@@ -108,6 +114,9 @@ class JinaBertConfig(PreTrainedConfig):
         if _QK_POST_NORM_REPOSITORY in published_code:
             self.qk_post_norm = True
         self.auto_map = dict(AUTO_MAP)
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is less than 1.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
@@ -138,6 +147,22 @@ class JinaBertConfig(PreTrainedConfig):
     def hidden_act(self) -> str:
         """Activation inside the gated linear unit: "gelu" (exact) or "relu"."""
         return _ACTIVATION_OF[self.feed_forward_type]
+
+
+def _with_value_errors(init):
+    """The constructor, with a ValueError in place of the error of `strict`, which is none."""
+
+    @functools.wraps(init)
+    def checked(self, *args, **kwargs):
+        try:
+            init(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+
+    return checked
+
+
+JinaBertConfig.__init__ = _with_value_errors(JinaBertConfig.__init__)  # type: ignore[method-assign]
 
 
 __all__ = ["JinaBertConfig"]

@@ -292,11 +292,12 @@ class JinaBertForMaskedLM(JinaBertPreTrainedModel):
         logits = self.cls(hidden_states)
         loss: torch.Tensor | None = None
         if labels is not None:
-            # Half precision is widened for the softmax; float32 and float64 stay as they are.
-            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            # Half precision is widened for the softmax, where something is to be predicted.
+            labelled = labels.view(-1) != -100
+            scores = logits.view(-1, self.config.vocab_size)[labelled]
             loss = nn.functional.cross_entropy(
-                scores.view(-1, self.config.vocab_size),
-                labels.view(-1),
+                scores.to(torch.promote_types(scores.dtype, torch.float32)),
+                labels.view(-1)[labelled],
                 reduction="mean" if num_items_in_batch is None else "sum",
             )
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
