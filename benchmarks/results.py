@@ -19,7 +19,7 @@ from typing import Any
 
 FORMAT = 1
 FINAL = ("ok", "out of memory", "time limit")
-"""Statuses that a resumed run does not measure again."""
+"""Statuses that a resumed run does not measure again, but see `is_settled`."""
 LIMITS = ("out of memory", "time limit")
 """Statuses after which longer texts are not tried."""
 MACHINE = ("cpu", "instruction_sets", "logical_cores", "physical_cores")

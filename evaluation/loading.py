@@ -77,7 +77,8 @@ class Placement:
 def placed(model: JinaBertModel | SentenceTransformer) -> dict[str, str | None]:
     """The device of a loaded model and its commit (None for a folder), for its records.
 
-    Two runs that differ in these alone have the same scores up to rounding: `weights_sha256` decides.
+    Two runs that differ in these alone have the same scores up to rounding: what decides is
+    in `weights_sha256` and `pipeline_sha256`.
     """
     return {"device": str(model.device), "revision": getattr(_config(model), "_commit_hash", None)}
 

@@ -11,7 +11,7 @@ by name, whose data come from the Hub. The ways in which a document becomes vect
 FOLDER/records.npz the scores query by query, FOLDER/table.md the answer, FOLDER/sweep.png the figure.
 
 Laws: all ways of a set see the same documents and queries, so that differences are paired; queries of one document are
-resampled together. A score that the folder has, of the same set, model, weights and settings, is not computed again.
+resampled together. A score that the folder has, of the same set, model and settings, is not computed again.
 Retrieval is nDCG@10; clustering the V-measure of mini-batch k-means, the mean over `SEEDS`.
 NOTE: a sample of documents makes retrieval easier; records and table say how many of how many.
 """

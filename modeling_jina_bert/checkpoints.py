@@ -317,7 +317,7 @@ class PublishedCheckpointMixin(_PreTrainedModel):
 
 
 def _names_under_adapter(name_or_path, kwargs: dict[str, Any]) -> set[str]:
-    """The tensors of the model that an adapter is of; those of a model with a pooler where there is no adapter."""
+    """The names of the tensors of the model that an adapter is of; without one, or its base, a pooler's."""
     file = None
     if name_or_path is not None and kwargs.get("gguf_file") is None:
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
